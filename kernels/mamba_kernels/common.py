@@ -1,0 +1,114 @@
+"""What several ops share: argument checks with readable errors, the accumulation dtype, the step size, SiLU's gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# log1p(exp(-v)) = softplus(v) - v is below half a unit in the last place of v in float64 from here on. torch's default
+# of 20 is good for float32 only.
+SOFTPLUS_IS_IDENTITY_ABOVE = 40.0
+
+# Elements of a block of rows: temporaries of a block stay in a CPU's cache and are not returned to the system between
+# operations, which for whole tensors takes several times longer than computing them.
+BLOCK_ELEMENTS = 1 << 16
+
+Sizes = dict[str, Any]  # of dimension letters
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op on `dtype` computes and keeps its state: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Slices that cut [rows, columns] into blocks of about BLOCK_ELEMENTS."""
+    step = max(BLOCK_ELEMENTS // max(columns, 1), 1)
+    return [slice(begin, begin + step) for begin in range(0, rows, step)]
+
+
+def check_tensors(op: str, sizes: Sizes, **arguments: tuple[Tensor | None, str]) -> None:
+    """Check shape, dtype and device of floating-point arguments given as `name=(tensor, "B S H")`; None is skipped.
+
+    A letter stands for the size of its first appearance, collected in `sizes`; `W-1` for one less than W; a leading
+    `...` for any dimensions, the same each time. Raises ValueError naming op and argument, what it has and what is wanted.
+    """
+    device = None
+    for name, (tensor, letters) in arguments.items():
+        if tensor is None:
+            continue
+        _check_shape(op, name, tensor, letters, sizes)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wanted a floating-point dtype")
+        device = device or tensor.device
+        _check_device(op, name, tensor, device)
+
+
+def check_index(op: str, sizes: Sizes, name: str, tensor: Tensor, letters: str, device: torch.device) -> None:
+    """Check shape and device of an integer argument, and that it is one."""
+    _check_shape(op, name, tensor, letters, sizes)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wanted an integer dtype")
+    _check_device(op, name, tensor, device)
+
+
+def check_document_start(op: str, sizes: Sizes, document_start: Tensor | None, device: torch.device) -> None:
+    """Check that document boundaries are a bool tensor [B, S]; None is skipped."""
+    if document_start is None:
+        return
+    _check_shape(op, "document_start", document_start, "B S", sizes)
+    if document_start.dtype != torch.bool:
+        raise ValueError(f"{op}: document_start has dtype {document_start.dtype}, wanted torch.bool")
+    _check_device(op, "document_start", document_start, device)
+
+
+def check_groups(op: str, sizes: Sizes) -> None:
+    """Check that the H heads split evenly over the G groups of B and C."""
+    heads, groups = sizes["H"], sizes["G"]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"{op}: B and C have {groups} groups, wanted a divisor of the {heads} heads of x")
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Check that an option has one of its values."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}, wanted {' or '.join(repr(choice) for choice in choices)}")
+
+
+def positive_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
+    """The step size the recurrence uses: dt (+ dt_bias over the last dimension), through softplus if asked."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    return functional.softplus(dt, threshold=SOFTPLUS_IS_IDENTITY_ABOVE) if dt_softplus else dt
+
+
+def silu_gradient(v: Tensor) -> Tensor:
+    """The derivative of v sigmoid(v), as a new tensor."""
+    sigmoid = torch.sigmoid(v)
+    return torch.addcmul(sigmoid, v * sigmoid, 1.0 - sigmoid)
+
+
+def _check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, wanted {device}, where the first argument is")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Sizes) -> None:
+    tokens, shape = letters.split(), list[Any](tensor.shape)
+    if tokens[0] == "..." and len(shape) >= len(tokens) - 1:
+        leading = len(shape) - len(tokens) + 1
+        shape = [tuple(shape[:leading]), *shape[leading:]]
+    if len(shape) == len(tokens):
+        found = dict(zip(tokens, shape, strict=True))
+        if all(_size(token, sizes, size) == size for token, size in found.items()):
+            sizes.update(found)
+            return
+    wanted = ", ".join(str(_size(token, sizes, token)) for token in tokens)
+    raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted [{', '.join(tokens)}] = ({wanted})")
+
+
+def _size(token: str, sizes: Sizes, default: object) -> Any:
+    """The size a token stands for, or `default` while its letter is unbound."""
+    return sizes[token[:-2]] - 1 if token.endswith("-1") else sizes.get(token, default)

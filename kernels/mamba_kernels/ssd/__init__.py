@@ -1,0 +1,49 @@
+"""State-space duality: the Mamba-2 scan, with a scalar decay per head and B, C shared by the heads of a group."""
+
+from torch import Tensor
+
+from mamba_kernels.common import Sizes, accumulate_dtype, check_document_start, check_groups, check_tensors, positive_dt
+from mamba_kernels.ssd import reference
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    document_start: Tensor | None = None,
+    chunk_size: int | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan a sequence with the SSD recurrence (Mamba-2, arXiv 2405.21060, equations 1 and 16; by chunks, section 6).
+
+    With dt' = dt + dt_bias, or softplus(dt + dt_bias) if `dt_softplus`, and g = h // (H // G) the group of head h:
+        state_t = exp(dt'_t A) state_{t-1} + dt'_t x_t B_t^T        y_t = state_t C_t + D x_t
+
+    Shapes: x [B, S, H, P]; dt [B, S, H]; A, D, dt_bias [H] (A negative); B, C [B, S, G, N] with G a divisor of H;
+    initial_state [B, H, P, N], zero if None; document_start [B, S] bool, True at the first token of a document, which
+    the state before it (the initial state too) does not reach. `chunk_size` is any number of tokens; it changes speed
+    and memory only, and None picks it.
+
+    Returns y [B, S, H, P] in the dtype of x, and with `return_final_state` also the state after the last token,
+    [B, H, P, N] in float32 (float64 if x is). Differentiable in every floating-point argument, also through the final
+    state. Computes in the dtype of the state. Raises ValueError for a wrong shape, dtype, device or chunk size.
+    """
+    sizes: Sizes = {}
+    check_tensors(
+        "ssd", sizes, x=(x, "B S H P"), dt=(dt, "B S H"), A=(A, "H"), B=(B, "B S G N"), C=(C, "B S G N"), D=(D, "H"),
+        dt_bias=(dt_bias, "H"), initial_state=(initial_state, "B H P N"),
+    )  # fmt: skip
+    check_groups("ssd", sizes)
+    check_document_start("ssd", sizes, document_start, x.device)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size is {chunk_size}, wanted a positive number of tokens or None")
+    dt = positive_dt(dt, dt_bias, dt_softplus, accumulate_dtype(x.dtype))
+    y, final_state = reference.ssd(x, dt, A, B, C, D, initial_state, document_start, chunk_size)
+    return (y, final_state) if return_final_state else y

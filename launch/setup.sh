@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project in it, in editable form, with the extras of pyproject.toml that are named:
+#   ./launch/setup.sh [EXTRAS, default hf] && source .venv/bin/activate
+# A second run takes no time unless pyproject.toml changed. PYTHON=/path/to/python3 chooses the interpreter; an active
+# virtual environment is not used. On a GPU machine a CUDA build of PyTorch is installed, or the system's own is used if it
+# is new enough; otherwise the CPU build.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=${1-hf}
+venv=.venv
+log=$venv/setup.log
+cpu_torch=2.13.0
+cpu_index=https://download.pytorch.org/whl/cpu
+step=0
+
+fail() {
+  printf 'setup: %s\n' "$@" >&2
+  exit 1
+}
+
+# run TITLE COMMAND...: one line for the step; on a terminal with a clock and the command's latest line of output.
+run() {
+  local title=$1 start=$SECONDS pid
+  shift
+  step=$((step + 1))
+  printf '[setup %d/3] %s ...' "$step" "$title"
+  "$@" >>"$log" 2>&1 &
+  pid=$!
+  while [[ -t 1 ]] && kill -0 "$pid" 2>/dev/null; do
+    printf '\r\033[K[setup %d/3] %s ... %d s \033[2m%s\033[0m' "$step" "$title" $((SECONDS - start)) \
+      "$(tail -n 1 "$log" | tr -dc '[:print:]' | cut -c 1-50)"
+    sleep 0.5
+  done
+  if ! wait "$pid"; then
+    printf ' failed\n'
+    tail -n 20 "$log" >&2
+    fail "'$title' failed; the whole output is in $log"
+  fi
+  [[ -t 1 ]] && printf '\r\033[K[setup %d/3] %s ...' "$step" "$title"
+  printf ' done (%d s)\n' $((SECONDS - start))
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python=$candidate
+      return
+    fi
+  done
+  fail "Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)" \
+    "Install it (Debian, Ubuntu: apt-get install python3 python3-venv), or set PYTHON=/path/to/python3."
+}
+
+# has_torch INTERPRETER cpu|gpu: is torch >= 2.11 there (for gpu: a CUDA build)?
+has_torch() {
+  "$1" - "$2" <<'PY' 2>/dev/null
+import sys
+import torch
+new = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 11)
+sys.exit(not (new and (sys.argv[1] == "cpu" or torch.version.cuda)))
+PY
+}
+
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@"; }
+
+make_venv() {
+  local options=()
+  [[ $device == gpu ]] && has_torch "$python" gpu && options=(--system-site-packages)
+  "$python" -m venv "${options[@]}" "$venv"
+}
+
+install_torch() {
+  if has_torch "$venv/bin/python" "$device"; then
+    echo "torch is there already"
+  elif [[ $device == gpu ]]; then
+    pip_install "torch>=2.11" "triton>=3.4"
+  elif [[ $(uname -s) == Linux ]] && "$venv/bin/python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=5)"; then
+    pip_install "torch==$cpu_torch" --index-url "$cpu_index"
+  else
+    pip_install "torch==$cpu_torch"
+  fi
+}
+
+# The pin keeps pip from replacing the torch that is there while it resolves the other packages.
+install_project() {
+  "$venv/bin/python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$venv/constraints.txt"
+  pip_install -c "$venv/constraints.txt" -e ".${extras:+[$extras]}"
+}
+
+key=$(cat pyproject.toml launch/setup.sh | cksum)
+stamp=$venv/.installed-${extras//,/-}
+if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$key" ]]; then
+  echo "[setup] $venv is up to date"
+  exit 0
+fi
+
+find_python
+"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module" \
+  "Install it (Debian, Ubuntu: apt-get install python3-venv), or set PYTHON=/path/to/another/python3."
+device=cpu
+command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && device=gpu
+"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || rm -rf "$venv"
+mkdir -p "$venv"
+: >"$log"
+run "Python environment $venv ($("$python" --version))" make_venv
+run "PyTorch for $device" install_torch
+run "megatron-mamba${extras:+ with $extras}" install_project
+printf '%s\n' "$key" >"$stamp"

@@ -1,0 +1,200 @@
+"""Models to and from Hugging Face folders, a tensor at a time.
+
+:func:`export` asks for one parameter after the other, in a fixed order, and holds at most one shard, so its source may be
+a module, a checkpoint on disk or a mesh of ranks that gathers each tensor as it is asked for. :func:`import_` is the same
+table (hf_classes.py) read the other way; export followed by import returns every tensor bit for bit, except norm weights
+of a model that only fits a class with the other convention (weight or weight - 1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mamba.checkpoint.hf_classes import HFClass, HFExportError, HFImportError, HFTensor, choose
+from megatron_mamba.checkpoint.hf_config import model_card, read_config, write_config
+from megatron_mamba.checkpoint.hf_tokenizer import write_tokenizer
+from megatron_mamba.config import ModelConfig
+
+__all__ = ["HFExportError", "HFImportError", "choose", "export", "hf_tensors", "import_", "parse_size"]
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+"""Constants that old files carry beside the parameters."""
+
+
+def export(
+    config: ModelConfig,
+    get: Callable[[str], Tensor],
+    output: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int = 5 * 10**9,
+    tokenizer: Path | str | None = None,
+    max_length: int = 4096,
+    training: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+) -> HFClass:
+    """Write the model as a Hugging Face folder and return the class it became.
+
+    `get` returns the global tensor of a parameter by its full name; each is asked for once (a tied embedding twice where
+    the class cannot tie). `dtype` is float32 or bfloat16 (A_log, D, dt_bias and norm weights stay float32),
+    `max_shard_size` is in bytes, `max_length` in tokens; `tokenizer` is a SentencePiece .model, a tokenizer.json, or a
+    folder of either; `training` is the run's configuration as plain data, for the model card. The folder appears under
+    its name only when complete.
+
+    Raises :class:`HFExportError` for a model that no class (or not `architecture`) holds, a tokenizer that does not
+    convert exactly or has more ids than the vocabulary, or an `output` that is not empty.
+    """
+    output = Path(output)
+    cls = choose(config, architecture)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise HFExportError(f"dtype = {dtype}: files are written in torch.float32 or torch.bfloat16")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise HFExportError(f"output = {output}: exists and is not empty. Choose another folder, or remove it first")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        if tokenizer is not None:
+            token_ids |= write_tokenizer(tokenizer, partial, max_length, config.vocab_size)
+        _write_json(partial / "config.json", write_config(cls, config, token_ids, max_length, str(dtype).removeprefix("torch.")))
+        _write_json(partial / "generation_config.json", {**token_ids, "do_sample": False, "use_cache": True})
+        (partial / "README.md").write_text(model_card(cls, config, training or {}, cls.norm != config.norm), encoding="utf-8")
+        _write_shards(partial, cls, config, get, dtype, max_shard_size)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return cls
+
+
+def hf_tensors(
+    cls: HFClass, config: ModelConfig, get: Callable[[str], Tensor], dtype: torch.dtype
+) -> Iterator[tuple[HFTensor, Tensor]]:
+    """The file's tensors one by one, on the CPU, in the file's dtype and in an order that is the same for every caller."""
+    shift = {("layernorm", "layernorm1p"): -1.0, ("layernorm1p", "layernorm"): 1.0}.get((config.norm, cls.norm), 0.0)
+    for spec in cls.tensors(config):
+        parts = []
+        for name, shape in zip(spec.parts, spec.shapes, strict=True):
+            if spec.layout == "zeros":
+                continue
+            part = get(name).detach().cpu()
+            if tuple(part.shape) != shape:
+                raise HFExportError(f"parameter {name} has shape {tuple(part.shape)}, but the model's configuration says {shape}")
+            if shift and name.endswith("norm.weight"):
+                part = part + shift
+            parts.append(part)
+        yield spec, spec.pack(parts).to(torch.float32 if spec.fp32 else dtype).contiguous()
+
+
+def _write_shards(
+    folder: Path, cls: HFClass, config: ModelConfig, get: Callable[[str], Tensor], dtype: torch.dtype, max_shard_size: int
+) -> None:
+    from safetensors.torch import save_file
+
+    sizes = {spec.key: spec.numel * (4 if spec.fp32 else dtype.itemsize) for spec in cls.tensors(config)}
+    shard_of, shard, filled = {}, 0, 0
+    for key, size in sizes.items():
+        if filled and filled + size > max_shard_size:
+            shard, filled = shard + 1, 0
+        shard_of[key], filled = shard, filled + size
+    names = [f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for i in range(shard + 1)] if shard else [_SINGLE]
+    held: dict[str, Tensor] = {}
+    for spec, tensor in hf_tensors(cls, config, get, dtype):
+        index = shard_of[spec.key]
+        # save_file refuses tensors that share memory, as ours do when `get` returns views.
+        held[spec.key] = tensor.clone()
+        if sum(1 for i in shard_of.values() if i == index) == len(held):
+            save_file(held, folder / names[index], metadata={"format": "pt"})
+            held = {}
+    if shard:
+        weight_map = {key: names[index] for key, index in shard_of.items()}
+        _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def import_(folder: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The ModelConfig of a Hugging Face folder, and its parameters as (full name, global tensor) in the file's dtype.
+
+    Reads config.json and safetensors files, also as transformers' own save_pretrained writes them. The configuration and
+    the list of tensors are checked at once, each tensor's shape as it is read; both raise :class:`HFImportError`.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    cls, config = read_config(folder)
+    files = {_standard_key(cls, key): (file, key) for key, file in _files(folder).items() if not _BUFFERS.search(key)}
+
+    def read(key: str) -> Tensor:
+        file, stored = files[key]
+        with safe_open(folder / file, framework="pt") as handle:
+            return handle.get_tensor(stored)
+
+    config = _resolve_tying(cls, config, files, read)
+    specs = [spec for spec in cls.tensors(config) if not (config.tie_embeddings and spec.key == cls.head)]
+    missing, unknown = sorted({spec.key for spec in specs} - files.keys()), sorted(files.keys() - {spec.key for spec in specs})
+    if config.tie_embeddings and cls.head in unknown:
+        unknown.remove(cls.head)
+    if missing or unknown:
+        raise HFImportError(f"{folder}: the tensors are not those of {cls.architecture} with this config.json; "
+                            f"missing {missing[:4] or 'none'}, unknown {unknown[:4] or 'none'}")  # fmt: skip
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for spec in specs:
+            yield from spec.unpack(read(spec.key)).items()
+
+    return config, tensors()
+
+
+def _resolve_tying(cls: HFClass, config: ModelConfig, files: Mapping[str, Any], read: Callable[[str], Tensor]) -> ModelConfig:
+    """What transformers does: a config.json that says tied beside an output of its own keeps the two apart."""
+    embedding = f"{cls.root}{cls.embedding}.weight"
+    if not config.tie_embeddings or cls.head not in files or torch.equal(read(embedding), read(cls.head)):
+        return config
+    return replace(config, tie_embeddings=False)
+
+
+def _standard_key(cls: HFClass, key: str) -> str:
+    for prefix, standard in cls.aliases:
+        if key.startswith(prefix):
+            return standard + key.removeprefix(prefix)
+    return key
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Key -> file name, from the index or from the one file's header."""
+    from safetensors import safe_open
+
+    if (folder / _INDEX).is_file():
+        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+        absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+        if absent:
+            raise HFImportError(f"{folder}: {', '.join(absent)} named by {_INDEX} is not there. Copy the folder again, whole")
+        return weight_map
+    if not (folder / _SINGLE).is_file():
+        raise HFImportError(f"{folder} has neither {_INDEX} nor {_SINGLE}: only safetensors files are read")
+    with safe_open(folder / _SINGLE, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), _SINGLE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``5GB``, ``200MB``, ``100KB`` or a plain number (decimal units); ValueError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a size. Write for example 5GB or 500MB")
+    return size
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,227 @@
+"""config.json of a Hugging Face folder, both ways, and the model card beside it.
+
+config.json is written by hand rather than through transformers: what `save_pretrained` writes drops keys that other
+readers need (a hybrid's pattern) and leaves dangerous defaults in place (tied embeddings, the clamp on dt).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mamba.checkpoint.hf_classes import CLASSES, HFClass, HFImportError
+from megatron_mamba.config import (
+    AttentionConfig,
+    ConfigError,
+    Mamba2Config,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+)
+from megatron_mamba.model.parameters import count
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2", "swiglu": "silu"}
+
+
+def write_config(
+    cls: HFClass, config: ModelConfig, token_ids: Mapping[str, int | None], max_length: int, dtype: str
+) -> dict[str, Any]:
+    """config.json of `config` as `cls`.
+
+    `token_ids` has bos_token_id, eos_token_id and pad_token_id; `max_length` is the training sequence length (evaluation
+    harnesses read it even where the model has no limit); `dtype` is torch's name of the file's dtype.
+    """
+    pattern = config.pattern.replace("|", "")
+    values = {key: functools.reduce(getattr, path.split("."), config) for key, path in cls.fields.items()}
+    if cls.unit is None:
+        values |= {"hybrid_override_pattern": pattern, "attention_head_dim": config.attention.head_dim}
+    if cls.unit != "*-":
+        d_inner = config.mamba.d_inner if cls.unit == "m" else config.mamba2.d_inner
+        values["expand"] = max(1, d_inner // config.hidden_size)
+    if cls.activation_key is not None:
+        values[cls.activation_key] = ACTIVATIONS[config.mlp.activation]
+    if cls.rope != "none":
+        base, fraction = cls.rope_keys
+        values[base] = config.attention.rope_base
+        if cls.rope == "partial":
+            values[fraction] = config.attention.rotary_fraction
+    # JSON has no infinity, and an unlimited dt is the class's default.
+    fixed = {key: value for key, value in cls.fixed.items() if key != "time_step_limit"}
+    return {
+        "architectures": [cls.architecture],
+        "model_type": cls.model_type,
+        "num_hidden_layers": len(pattern) // len(cls.unit or "-"),
+        **values,
+        **fixed,
+        **cls.written,
+        "max_position_embeddings": max_length,
+        "use_cache": True,
+        **token_ids,
+        "torch_dtype": dtype,
+    }
+
+
+def read_config(folder: Path) -> tuple[HFClass, ModelConfig]:
+    """The class and the ModelConfig of a Hugging Face folder; transformers resolves its config.json, so that missing keys
+    take the class's own defaults and every spelling it understands works here too.
+
+    Raises :class:`HFImportError` for a class or a setting that no layer here computes.
+    """
+    transformers = _transformers()
+    if not (folder / "config.json").is_file():
+        raise HFImportError(f"{folder} has no config.json: not a Hugging Face model folder")
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    cls = next((c for c in CLASSES if c.model_type == raw.get("model_type")), None)
+    if cls is None or raw.get("architectures", [cls.architecture]) != [cls.architecture]:
+        known = ", ".join(c.architecture for c in CLASSES)
+        raise HFImportError(f"{folder}/config.json: architectures = {raw.get('architectures')}, model_type = "
+                            f"{raw.get('model_type')!r} cannot be imported. Known: {known}")  # fmt: skip
+    hf = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    for key, wanted in cls.fixed.items():
+        found = getattr(hf, key, wanted)
+        if (tuple(found) if isinstance(found, list) else found) != wanted:
+            raise _unsupported(folder, key, found, f"only {wanted!r} can be computed here")
+    try:
+        config = replace(_model_config(cls, hf, folder), name=folder.resolve().name)
+        config.validate()
+    except ConfigError as error:
+        raise HFImportError(f"{folder}/config.json describes a model that is not possible here: {error}") from error
+    return cls, config
+
+
+def _unsupported(folder: Path, key: str, value: Any, problem: str) -> HFImportError:
+    return HFImportError(f"{folder}/config.json: {key} = {value!r}: {problem}")
+
+
+def _model_config(cls: HFClass, hf: Any, folder: Path) -> ModelConfig:
+    parts: dict[str, dict[str, Any]] = {"": {}, "mamba": {}, "mamba2": {}, "attention": {}, "mlp": {}}
+    for key, path in cls.fields.items():
+        group, _, name = path.rpartition(".")
+        value = getattr(hf, key, None)
+        parts[group][name] = float(value) if name == "norm_eps" else value
+    pattern = hf.hybrid_override_pattern if cls.unit is None else cls.unit * hf.num_hidden_layers
+    if "E" in pattern:
+        raise _unsupported(folder, "hybrid_override_pattern", pattern, "mixture-of-experts layers (E) have no counterpart here")
+    if "n_heads" in parts["mamba2"]:
+        parts["mamba2"]["d_inner"] = parts["mamba2"].pop("n_heads") * parts["mamba2"]["head_dim"]
+    if cls.activation_key is not None:
+        parts["mlp"]["activation"] = _activation(cls, getattr(hf, cls.activation_key), folder)
+    attention = parts["attention"]
+    if attention:
+        attention.setdefault("n_kv_heads", attention["n_heads"])
+        attention["head_dim"] = attention.get("head_dim") or hf.hidden_size // attention["n_heads"]
+        attention |= _rope(cls, hf, folder)
+    return ModelConfig(
+        **parts[""], name="imported", pattern=pattern, norm=cls.norm,
+        mamba=MambaConfig(**parts["mamba"]), mamba2=Mamba2Config(**parts["mamba2"]),
+        attention=AttentionConfig(**attention), mlp=MLPConfig(**parts["mlp"]),
+    )  # fmt: skip
+
+
+def _activation(cls: HFClass, name: str, folder: Path) -> str:
+    for ours, theirs in ACTIVATIONS.items():
+        if theirs == name and (ours == "swiglu") == cls.gated:
+            return ours
+    raise _unsupported(folder, str(cls.activation_key), name, f"not an activation of a {'' if cls.gated else 'non-'}gated MLP here")
+
+
+def _rope(cls: HFClass, hf: Any, folder: Path) -> dict[str, float]:
+    if cls.rope == "none":
+        return {"rotary_fraction": 0.0}
+    rope = hf.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise _unsupported(folder, "rope_parameters", rope, "only plain RoPE is computed here, without scaling")
+    fraction = rope.get("partial_rotary_factor", 1.0) if cls.rope == "partial" else 1.0
+    return {"rotary_fraction": float(fraction), "rope_base": float(rope["rope_theta"])}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise HFImportError("transformers is not installed: pip install 'megatron-mamba[hf]'") from error
+    return transformers
+
+
+# --------------------------------------------------------------------------------------------------------- model card
+
+_KINDS = {"mamba2": "Mamba-2", "mamba": "Mamba (S6)", "attention": "attention", "mlp": "MLP"}
+
+
+def model_card(cls: HFClass, config: ModelConfig, training: Mapping[str, Any], shifted_norm: bool) -> str:
+    """README.md of the exported folder: what the model is, how it was trained, and how to load it.
+
+    `training` is the run's configuration as plain data (may be empty); only what a reader of the weights needs is kept.
+    """
+    layers = [f"{config.layers.count(kind)} {name}" for kind, name in _KINDS.items() if kind in config.layers]
+    rows = {
+        "parameters": f"{count(config):,}",
+        "layers": f"{' + '.join(layers)}, pattern `{config.pattern.replace('|', '')}`",
+        "hidden size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "normalisation": f"{config.norm}, eps {config.norm_eps:g}",
+        "embeddings": "tied" if config.tie_embeddings else "untied",
+        **{_KINDS[kind]: _describe(getattr(config, kind)) for kind in _KINDS if kind in config.layers},
+        **{f"trained: {key}": value for key, value in _training_rows(training).items()},
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    notes = [cls.note] if cls.note else []
+    if shifted_norm:
+        notes.append(f"The norm weights were shifted by one to this class's convention (trained as {config.norm}).")
+    return _CARD.format(
+        name=config.name, model_type=cls.model_type, architecture=cls.architecture, since=cls.since, table=table,
+        notes="".join(f"\n- {note}" for note in notes),
+    )  # fmt: skip
+
+
+def _describe(part: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in vars(part).items())
+
+
+def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {
+        "sequence length": ("data", "seq_length"),
+        "global batch (sequences)": ("trainer", "global_batch_size"),
+        "samples": ("trainer", "train_samples"),
+        "tokens": ("trainer", "train_tokens"),
+        "precision": ("trainer", "precision"),
+        "peak learning rate": ("optim", "lr"),
+        "weight decay": ("optim", "weight_decay"),
+        "seed": ("run", "seed"),
+    }
+    found = {name: training.get(group, {}).get(key) for name, (group, key) in chosen.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{model_type}]
+---
+# {name}
+
+A language model trained with Megatron-Mamba, as `{architecture}`.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+Needs `transformers>={since}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+- No beginning-of-sequence token is added to a prompt unless you add it.
+- Load with `dtype=torch.float32` for logits equal to training's; A_log, D, dt_bias and norm weights are fp32 in the file.{notes}
+"""

@@ -1,0 +1,55 @@
+"""Checkpoints as the source of an export and the target of an import, a tensor at a time, without building a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from megatron_mamba.checkpoint.sharded import CheckpointManager, verify
+from megatron_mamba.checkpoint.storage import CheckpointError, Reader, read_index
+from megatron_mamba.config import Config, ModelConfig, to_dict
+
+
+def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
+    """``get(name)`` that reads one global parameter of the checkpoint `path` onto the CPU, whatever mesh wrote it.
+
+    Checks the checksums first. Raises :class:`CheckpointError` for damage, or a name that the checkpoint does not hold.
+    """
+    verify(path)
+    index = read_index(path)
+
+    def get(name: str) -> Tensor:
+        entry: Any = index.state_dict_metadata.get(f"model.{name}")
+        if entry is None:
+            raise CheckpointError(f"checkpoint {path} has no parameter {name}: it is of another model than its configuration says")
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.load({f"model.{name}": tensor}, storage_reader=Reader(path, index), planner=planner, no_dist=True)
+        return tensor
+
+    return get
+
+
+def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> Path:
+    """A checkpoint of step 0 with these weights in fp32: to generate from, or for ``checkpoint.init_from`` of a run.
+
+    Returns its path. Raises :class:`CheckpointError` if it cannot be written.
+    """
+    metadata = {
+        "step": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "config": to_dict(Config(model=config)),
+        "tokenizer": str(tokenizer.resolve()) if tokenizer else None,
+    }
+    manager = CheckpointManager(directory, keep_last=1, keep_every=0, async_save=False, on_damage="error")
+    manager.save(0, {"model": {name: tensor.float() for name, tensor in tensors}}, metadata)
+    manager.close()
+    return manager.path(0)

@@ -1,0 +1,395 @@
+"""The files of a checkpoint, and the storage layer under torch.distributed.checkpoint that writes and reads them.
+
+A checkpoint is a folder ``step_00000100`` with
+
+- ``GROUP_RRRRR.safetensors``: what rank R wrote of a top-level group (``model``, ``optimizer``), as safetensors;
+- ``rank_RRRRR.pt``: state that belongs to one rank (random generators);
+- ``index.json``: global shape and dtype of each tensor, and where its chunks lie;
+- ``metadata.json``: what the trainer wants to know again (config, step, consumed samples);
+- ``manifest.json``: size and xxh3_128 of every file above. It is written last; a folder without it is not a checkpoint.
+
+torch.distributed.checkpoint plans who writes and who reads what. Its own file format is not used because it pickles the
+index, reads a whole chunk where a few rows are needed, and hashes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+MANIFEST, INDEX, METADATA = "manifest.json", "index.json", "metadata.json"
+FORMAT = 1
+BLOCK_BYTES = 16 << 20
+"""Bytes hashed, written or read at a time: large enough to stream, small enough that memory stays flat."""
+IO_THREADS = min(8, os.cpu_count() or 1)
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or belongs to another model; says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest knows of a file."""
+
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the bytes of a chunk start."""
+
+    file: str
+    start: int
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, any dtype, as bytes."""
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file with the state that belongs to one rank."""
+    return f"rank_{rank:05d}.pt"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make created, renamed and removed names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write `pieces` to a new file, on disk when this returns, hashed on the way.
+
+    Raises OSError naming the file (write and fsync leave the name out).
+    """
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with open(path, "xb") as file:
+            for piece in pieces:
+                view = memoryview(piece)
+                for start in range(0, len(view), BLOCK_BYTES):
+                    block = view[start : start + BLOCK_BYTES]
+                    digest.update(block)
+                    file.write(block)
+                size += len(view)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return FileRecord(size, digest.hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------------- manifest
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, FileRecord]) -> None:
+    """Write the manifest: `facts`, the files' records and a checksum of the manifest itself."""
+    body = {"format": FORMAT, **facts, "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)}}
+    write_file(folder / MANIFEST, [json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode()])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, ``files`` as :class:`FileRecord`. Raises :class:`CheckpointError` if it is missing or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        expected = manifest.pop("checksum")
+        found = _checksum(manifest)
+        if found != expected:
+            raise CheckpointError(f"file {MANIFEST}: expected xxh3_128 {expected}, found {found}")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"file {MANIFEST}: expected format {FORMAT}, found {manifest['format']}")
+        manifest["files"] = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"file {MANIFEST} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"file {MANIFEST} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"file {MANIFEST} is not a manifest: {error!r}") from error
+    return manifest
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def find_damage(folder: Path, files: dict[str, FileRecord], *, contents: bool = True) -> list[str]:
+    """One line for each of `files` that is missing, has another size, or (with `contents`) another checksum."""
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        lines = pool.map(lambda name: _file_damage(folder / name, files[name], contents), files)
+        return [line for line in lines if line is not None]
+
+
+def _file_damage(path: Path, record: FileRecord, contents: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"file {path.name}: expected {record.size} bytes, found {size}"
+        if not contents:
+            return None
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except FileNotFoundError:
+        return f"file {path.name} is missing: expected {record.size} bytes"
+    except OSError as error:
+        return f"file {path.name} cannot be read: {error}"
+    found = digest.hexdigest()
+    return None if found == record.checksum else f"file {path.name}: expected xxh3_128 {record.checksum}, found {found}"
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+class Writer(StorageWriter):
+    """Writes one checkpoint: each rank its tensors and its own `local_files`, the coordinator index, `shared_files` and
+    manifest.
+
+    The coordinator's `folder` is the one that all ranks use. It calls `begin` before making it and `publish` when it is
+    whole; an error in either is raised on every rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        local_files: dict[str, bytes],
+        shared_files: dict[str, bytes],
+        facts: dict[str, Any],
+        begin: Callable[[], object],
+        publish: Callable[[Path], None],
+    ) -> None:
+        self.folder, self.local_files, self.shared_files = folder, local_files, shared_files
+        self.facts, self.begin, self.publish = facts, begin, publish
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget: a writer serves one save."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up: the coordinator makes the folder once all ranks have planned."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.begin()
+        self.folder.mkdir()
+        return [dataclasses.replace(plan, storage_data=(self.folder, rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        folder, rank = plan.storage_data
+        groups: dict[str, list[WriteItem]] = {}
+        for item in plan.items:
+            if math.prod(_chunk(item).sizes):
+                groups.setdefault(item.index.fqn.partition(".")[0], []).append(item)
+        results = []
+        for group, items in groups.items():
+            results += _write_tensors(folder / f"{group}_{rank:05d}.safetensors", items, planner)
+        for name, content in self.local_files.items():
+            results.append(_file_result(name, write_file(folder / name, [content])))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files, places = {}, {}
+        for result in (result for of_rank in results for result in of_rank):
+            if isinstance(result.storage_data, FileRecord):
+                files[result.index.fqn] = result.storage_data
+            else:
+                places[result.index] = result.storage_data
+        for name, content in {INDEX: _index(metadata, places), **self.shared_files}.items():
+            files[name] = write_file(self.folder / name, [content])
+        if damage := find_damage(self.folder, files, contents=False):
+            raise CheckpointError(f"{damage[0]} once written; do all ranks share the file system of checkpoint.dir?")
+        write_manifest(self.folder, self.facts, files)
+        sync_folder(self.folder)
+        self.publish(self.folder)
+
+
+def _chunk(item: WriteItem) -> ChunkStorageMetadata:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk
+
+
+def _file_result(name: str, record: FileRecord) -> WriteResult:
+    return WriteResult(MetadataIndex(name), record.size, record)
+
+
+def _write_tensors(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """Write chunks as a safetensors file; widest dtype first, so that each starts at a multiple of its item size."""
+    items = sorted(items, key=lambda item: -_properties(item).dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = [], 0
+    for item in items:
+        chunk, dtype = _chunk(item), _properties(item).dtype
+        if dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{item.index.fqn} has dtype {dtype}, which the safetensors layout cannot hold")
+        starts.append(end)
+        end += math.prod(chunk.sizes) * dtype.itemsize
+        span = [starts[-1], end]
+        header[_key(item)] = {"dtype": DTYPE_NAMES[dtype], "shape": list(chunk.sizes), "data_offsets": span}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    preamble = len(encoded).to_bytes(8, "little") + encoded
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield preamble
+        for item in items:
+            tensor: torch.Tensor = planner.resolve_data(item)  # type: ignore[assignment]
+            yield tensor_bytes(tensor.detach().cpu().contiguous())
+
+    record = write_file(path, pieces())
+    places = [Location(path.name, len(preamble) + start) for start in starts]
+    results = [WriteResult(item.index, record.size, place) for item, place in zip(items, places, strict=True)]
+    return [*results, _file_result(path.name, record)]
+
+
+def _properties(item: WriteItem) -> TensorProperties:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties
+
+
+def _key(item: WriteItem) -> str:
+    """Name inside the file: the tensor's own, with the part's bounds where a rank holds a part of it."""
+    assert item.tensor_data is not None
+    group, _, name = item.index.fqn.partition(".")
+    chunk = _chunk(item)
+    if chunk.sizes == item.tensor_data.size:
+        return name or group
+    bounds = (f"{start}:{start + size}" for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    return f"{name or group}[{','.join(bounds)}]"
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def _index(metadata: Metadata, places: dict[MetadataIndex, Location]) -> bytes:
+    tensors: dict[str, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        chunks = []
+        for chunk in entry.chunks:
+            if (place := places.get(MetadataIndex(name, chunk.offsets))) is not None:
+                chunks.append([list(chunk.offsets), list(chunk.sizes), place.file, place.start])
+        tensors[name] = {"dtype": DTYPE_NAMES[entry.properties.dtype], "shape": list(entry.size), "chunks": chunks}
+    return json.dumps(tensors, separators=(",", ":")).encode()
+
+
+def read_index(folder: Path) -> Metadata:
+    """The tensors of a checkpoint as torch.distributed.checkpoint sees them; ``storage_data`` says where chunks lie."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, Location] = {}
+    for name, entry in json.loads((folder / INDEX).read_bytes()).items():
+        chunks = []
+        for offsets, sizes, file, start in entry["chunks"]:
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            places[MetadataIndex(name, offsets)] = Location(file, start)
+        properties = TensorProperties(DTYPES[entry["dtype"]])
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    return Metadata(tensors, storage_data=places)
+
+
+class Reader(StorageReader):
+    """Reads of a checkpoint only the rows that a rank needs, straight into its tensors."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder, self.metadata = folder, metadata
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget: a reader serves one load."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up: the index was read before the load began."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        with ExitStack() as stack, ThreadPoolExecutor(IO_THREADS) as pool:
+            files = {}
+            for name in {self.metadata.storage_data[item.storage_index].file for item in plan.items}:
+                files[name] = stack.enter_context(open(self.folder / name, "rb", buffering=0)).fileno()
+            list(pool.map(lambda item: self._read(item, planner, files), plan.items))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read(self, item: ReadItem, planner: LoadPlanner, files: dict[str, int]) -> None:
+        entry = self.metadata.state_dict_metadata[item.storage_index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        place: Location = self.metadata.storage_data[item.storage_index]
+        chunk = next(chunk for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
+        target = planner.resolve_tensor(item).detach()
+        if target.dim() == 0:
+            target, sizes, offsets, lengths = target.view(1), [1], [0], [1]
+        else:
+            sizes, offsets, lengths = list(chunk.sizes), list(item.storage_offsets), list(item.lengths)
+        dtype, row_items = entry.properties.dtype, math.prod(sizes[1:])
+        rows_at_once = max(1, BLOCK_BYTES // (row_items * dtype.itemsize))
+        for row in range(0, lengths[0], rows_at_once):
+            rows = min(rows_at_once, lengths[0] - row)
+            block = torch.empty([rows, *sizes[1:]], dtype=dtype)
+            start = place.start + (offsets[0] + row) * row_items * dtype.itemsize
+            _read_exactly(files[place.file], tensor_bytes(block), start, self.folder / place.file)
+            for dim in range(1, len(sizes)):
+                block = block.narrow(dim, offsets[dim], lengths[dim])
+            target[row : row + rows].copy_(block)
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: Path) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
+        if count == 0:
+            raise CheckpointError(f"file {path} ends at byte {start + done}: {len(buffer) - done} more were expected")
+        done += count

@@ -1,0 +1,96 @@
+"""Several corpora read as one stream, in proportion to their weights."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from megatron_mamba.config import require
+from megatron_mamba.data.packing import Dataset, Sample
+
+RESOLUTION = 1_000_000
+
+
+def blend_counts(weights: Mapping[str, float]) -> list[int]:
+    """Whole numbers in the proportions of `weights`: exactly, if their sum can stay within RESOLUTION, else to millionths.
+
+    Raises ConfigError for a weight that would round to nothing.
+    """
+    exact = [Fraction(str(w)) for w in weights.values()]
+    total = sum(exact)
+    shares = [w / total for w in exact]
+    period = min(math.lcm(*(s.denominator for s in shares)), RESOLUTION)
+    counts = [math.floor(s * period) for s in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda c: counts[c] - shares[c] * period)
+    for c in by_remainder[: period - sum(counts)]:
+        counts[c] += 1
+    for (prefix, weight), count in zip(weights.items(), counts, strict=True):
+        require(count > 0, f"data.blend[{prefix}]", weight, f"is less than a millionth of the weights' sum {float(total)}",
+                "Raise it or leave the corpus out")
+    divisor = math.gcd(*counts)
+    return [count // divisor for count in counts]
+
+
+def schedule(counts: Sequence[int]) -> np.ndarray:
+    """Which corpus each sample of one period comes from, u16 [sum(counts)].
+
+    In every prefix of n samples, corpus c has less than one more or less than n counts[c] / sum(counts). Sample j of c must
+    lie in the window [floor(j / share), ceil((j + 1) / share)) for that; earliest deadline first meets all the windows
+    (Baruah et al., Proportionate Progress, 1996; one machine, unit jobs, integral windows).
+    """
+    period = sum(counts)
+    choices = np.empty(period, np.uint16)
+    released: list[tuple[int, int, int]] = []
+    waiting = [(0, c, 0) for c in range(len(counts))]
+    for time in range(period):
+        while waiting and waiting[0][0] <= time:
+            _, c, j = heapq.heappop(waiting)
+            heapq.heappush(released, (-(-(j + 1) * period // counts[c]), c, j))
+        _, c, j = heapq.heappop(released)
+        choices[time] = c
+        if j + 1 < counts[c]:
+            heapq.heappush(waiting, ((j + 1) * period // counts[c], c, j + 1))
+    return choices
+
+
+@functools.lru_cache(8)
+def _tables(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    choices = schedule(counts)
+    ranks = np.empty(len(choices), np.int64)
+    for c, count in enumerate(counts):
+        ranks[choices == c] = np.arange(count)
+    return choices, ranks
+
+
+class Blend:
+    """Sample i -> (corpus, its sample): a table of one period, repeated; exact proportions at any length, no index file."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.counts = blend_counts(weights)
+        self._choices, self._ranks = _tables(tuple(self.counts))
+
+    def locate(self, numbers: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Corpus and sample within it of each of `numbers` (any shape), u16 and i64."""
+        periods, places = np.divmod(numbers, len(self._choices))
+        choices = self._choices[places]
+        return choices, periods * np.asarray(self.counts)[choices] + self._ranks[places]
+
+
+class BlendedDataset:
+    """Samples of several datasets in the proportions of `weights`."""
+
+    def __init__(self, datasets: Sequence[Dataset], weights: Mapping[str, float]) -> None:
+        self._datasets, self._blend = datasets, Blend(weights)
+        period = sum(self._blend.counts)
+        self.samples_per_epoch = min(d.samples_per_epoch * period // n for d, n in zip(datasets, self._blend.counts, strict=True))
+
+    def __getitem__(self, number: int) -> Sample:
+        if number < 0:
+            raise IndexError(f"sample {number}: numbers start at 0")
+        corpus, inner = self._blend.locate(number)
+        return self._datasets[int(corpus)][int(inner)]

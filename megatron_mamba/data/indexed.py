@@ -1,0 +1,277 @@
+"""Megatron-LM's indexed corpus format: PREFIX.bin holds the tokens, PREFIX.idx where sequences and documents lie in it.
+
+PREFIX.idx, little-endian: magic, version (u64), dtype code (u8), number of sequences (u64), number of document borders
+(u64); then sequence lengths in tokens (i32), sequence starts in bytes (i64), and the sequence index at which each
+document starts, closed by the number of sequences (i64). Multimodal files append one i8 per sequence, ignored here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+class DataError(ValueError):
+    """A corpus, text or tokenizer file that cannot be used: the message names the file, what is wrong and the remedy."""
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """PREFIX.bin."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """PREFIX.idx."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest integer type the format offers for ids below `vocab_size` (Megatron-LM's choice: u16 or i32)."""
+    return np.dtype("<u2") if vocab_size < 65536 else np.dtype("<i4")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its name when the block ends, and is removed if the block fails."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class IndexedReader:
+    """Memory-mapped corpus at `prefix`.
+
+    Opening it looks at sizes and end points only, whatever the corpus' size; :meth:`check` reads the whole .idx.
+    Raises :class:`DataError` for missing, truncated, overlong or foreign files.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        for path in (idx_path(prefix), bin_path(prefix)):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; "
+                                "tools/prepare_data.py writes them")
+        self.dtype, n_sequences, n_borders = self._read_header()
+        offset = _HEADER.size
+        index = np.memmap(idx_path(prefix), mode="r")
+        self.sequence_lengths = np.frombuffer(index, "<i4", n_sequences, offset)
+        offset += 4 * n_sequences
+        self._pointers = np.frombuffer(index, "<i8", n_sequences, offset)
+        self._borders = np.frombuffer(index, "<i8", n_borders, offset + 8 * n_sequences)
+        self.n_documents = n_borders - 1
+        n_bytes = int(self._pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if n_sequences else 0
+        self.n_tokens = n_bytes // self.dtype.itemsize
+        if self._borders[0] != 0 or self._borders[-1] != n_sequences or n_bytes < 0:
+            raise DataError(f"{idx_path(prefix)}: its document borders and sequence lengths contradict each other: "
+                            "the file is corrupt. Write the corpus again")
+        found = bin_path(prefix).stat().st_size
+        if found != n_bytes:
+            raise DataError(f"{bin_path(prefix)}: expected {n_bytes} bytes as {idx_path(prefix).name} says, found {found}: "
+                            f"the file is {'truncated' if found < n_bytes else 'longer than its index'}. "
+                            "Copy both files again, or write the corpus again")
+        self.tokens: np.ndarray = np.memmap(bin_path(prefix), self.dtype, "r") if n_bytes else np.empty(0, self.dtype)
+        """All tokens of the corpus in file order, memory-mapped: slices are zero-copy and may span documents."""
+
+    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
+        path = idx_path(self.prefix)
+        with open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+        size = path.stat().st_size
+        if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
+            raise DataError(f"{path}: starts with {header[: len(MAGIC)]!r}, expected {MAGIC!r}: not an index of Megatron-LM's "
+                            "mmap format. Write the corpus with tools/prepare_data.py")
+        if len(header) < _HEADER.size:
+            raise DataError(f"{path}: expected a header of {_HEADER.size} bytes, found {size} bytes: the file is truncated. "
+                            "Copy it again, or write the corpus again")
+        _, version, code, n_sequences, n_borders = _HEADER.unpack(header)
+        if version != VERSION or code not in DTYPES or n_borders < 1:
+            raise DataError(f"{path}: version {version}, dtype code {code}, {n_borders} document borders; expected version "
+                            f"{VERSION}, a code of 1 to 8 and at least one border. Write the corpus again")
+        expected = _HEADER.size + 12 * n_sequences + 8 * n_borders
+        if size not in (expected, expected + n_sequences):
+            raise DataError(f"{path}: expected {expected} bytes for {n_sequences} sequences and {n_borders - 1} documents, "
+                            f"found {size}: the file is {'truncated' if size < expected else 'too long'}. "
+                            "Copy it again, or write the corpus again")
+        if DTYPES[code].kind not in "iu":
+            raise DataError(f"{path}: holds values of type {DTYPES[code]}, which are not token ids. Give a corpus of text")
+        return DTYPES[code], n_sequences, n_borders
+
+    def starts_of(self, documents: np.ndarray | slice) -> np.ndarray:
+        """Position in `tokens` of the first token of each of `documents` (n_documents: the corpus' end), i64."""
+        borders, n_sequences = self._borders[documents], len(self._pointers)
+        if not n_sequences:
+            return np.zeros(len(borders), np.int64)
+        starts = self._pointers[np.minimum(borders, n_sequences - 1)] // self.dtype.itemsize
+        return np.where(borders == n_sequences, self.n_tokens, starts)
+
+    def start_of(self, document: int) -> int:
+        """Position in `tokens` of the first token of one document (n_documents: the corpus' end)."""
+        return int(self.starts_of(slice(document, document + 1))[0])
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens in each document, i64 [n_documents]."""
+        return np.diff(self.starts_of(slice(None)))
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document: a zero-copy view."""
+        return self.tokens[self.start_of(number) : self.start_of(number + 1)]
+
+    def check(self) -> None:
+        """Read the whole .idx and raise :class:`DataError` unless lengths, starts and document borders agree."""
+        ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
+        sound = np.all(self.sequence_lengths >= 0) and np.array_equal(self._pointers[1:], ends[:-1])
+        if not (sound and (not len(ends) or self._pointers[0] == 0) and np.all(np.diff(self._borders) >= 0)):
+            raise DataError(f"{idx_path(self.prefix)}: sequence starts are not the sums of the lengths before them, or document "
+                            "borders are out of order: the file is corrupt. Write the corpus again")
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx; both appear under their names only when :meth:`close` (or the `with` block) ends.
+
+    Raises :class:`DataError` for ids that `dtype` cannot hold.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[Any] | type) -> None:
+        self.prefix, self.dtype = str(prefix), np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in _CODES or self.dtype.kind not in "iu":
+            raise DataError(f"{prefix}: tokens of type {np.dtype(dtype)} have no place in the format. Use uint16 or int32")
+        self._lengths: list[np.ndarray] = []
+        self._borders: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._n_sequences = 0
+        self.n_tokens, self.n_documents, self.max_token_id = 0, 0, -1
+        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._context = contextlib.ExitStack()
+        self._bin = self._context.enter_context(atomic_write(bin_path(prefix)))
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
+        """Append a document: one sequence, or consecutive sequences of the lengths given."""
+        ids = np.asarray(tokens)
+        lengths = np.asarray([len(ids)] if sequence_lengths is None else sequence_lengths, np.int64)
+        if lengths.sum() != len(ids) or lengths.max(initial=0) >= 2**31:
+            raise DataError(f"{self.prefix}: a document of {len(ids)} tokens cannot be sequences of {lengths.tolist()[:8]} tokens. "
+                            "Each needs a length below 2^31 and their sum must be the document's")
+        if len(ids):
+            limits, low, high = np.iinfo(self.dtype), int(ids.min()), int(ids.max())
+            if low < limits.min or high > limits.max:
+                raise DataError(f"{self.prefix}: token id {low if low < 0 else high} does not fit {self.dtype}. Write int32")
+            self.max_token_id = max(self.max_token_id, high)
+        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._extend(lengths.astype("<i4"), np.array([len(lengths)], np.int64), len(ids))
+
+    def add_corpus(self, prefix: str | Path, max_token_id: int) -> None:
+        """Append all documents of another corpus of the same dtype, whose largest id is `max_token_id`."""
+        other = IndexedReader(prefix)
+        if other.dtype != self.dtype:
+            raise DataError(f"{bin_path(prefix)}: tokens are {other.dtype}, expected {self.dtype}. Write both with one dtype")
+        with open(bin_path(prefix), "rb") as source:
+            shutil.copyfileobj(source, self._bin, 1 << 20)
+        self.max_token_id = max(self.max_token_id, max_token_id)
+        self._extend(np.array(other.sequence_lengths), np.array(other._borders[1:]), other.n_tokens)
+
+    def _extend(self, lengths: np.ndarray, borders: np.ndarray, n_tokens: int) -> None:
+        self._lengths.append(lengths)
+        self._borders.append(borders + self._n_sequences)
+        self._n_sequences += len(lengths)
+        self.n_documents += len(borders)
+        self.n_tokens += n_tokens
+
+    def close(self) -> None:
+        """Write the index and give both files their names; an index already there is withdrawn before its .bin changes."""
+        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths])
+        borders = np.concatenate(self._borders)
+        pointers = np.zeros(len(lengths), "<i8")
+        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+        pointers *= self.dtype.itemsize
+        with self._context, atomic_write(idx_path(self.prefix)) as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(borders)))
+            for part in (lengths, pointers, borders.astype("<i8")):
+                file.write(part.tobytes())
+            idx_path(self.prefix).unlink(missing_ok=True)
+            self._context.close()
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._context.__exit__(kind, error, trace)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What PREFIX.json records of the corpus beside it (corpora written by Megatron-LM have none)."""
+
+    tokenizer: str
+    """Copy of the tokenizer, relative to the corpus' folder."""
+    tokenizer_sha256: str
+    vocab_size: int
+    end_of_document: int
+    """Id that closes every document."""
+    tokens: int
+    documents: int
+    max_token_id: int
+    skipped: int
+    """Lines and files left out because they held no document."""
+    settings: str
+    """Digest of the inputs and options the corpus was made from."""
+
+    @staticmethod
+    def path(prefix: str | Path) -> Path:
+        """PREFIX.json."""
+        return Path(f"{prefix}.json")
+
+    def write(self, prefix: str | Path) -> None:
+        """Write PREFIX.json."""
+        with atomic_write(self.path(prefix)) as file:
+            file.write((json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> Metadata | None:
+        """Read PREFIX.json, or return None where there is none; :class:`DataError` if it is damaged."""
+        path = cls.path(prefix)
+        if not path.exists():
+            return None
+        types = {"int": int, "str": str}
+        try:
+            data = json.loads(path.read_bytes())
+            wrong = [f.name for f in dataclasses.fields(cls) if not isinstance(data[f.name], types[str(f.type)])]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a record written by tools/prepare_data.py ({error!r}). Move it away to use the "
+                            "corpus without it, or write the corpus again") from error
+        if wrong:
+            raise DataError(f"{path}: {', '.join(wrong)} has the wrong type. Move the file away to use the corpus without it")
+        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+
+    def tokenizer_path(self, prefix: str | Path) -> Path:
+        """Where the recorded tokenizer lies now."""
+        return self.path(prefix).parent / self.tokenizer

@@ -1,0 +1,44 @@
+"""A checkpoint as a model that computes: weights in the compute dtype, no optimizer and no sharding machinery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_mamba.checkpoint import load, read_metadata, resolve
+from megatron_mamba.config import ModelConfig, from_dict
+from megatron_mamba.model import LanguageModel, build
+from megatron_mamba.model.lm import DTYPES
+from megatron_mamba.model.module import TableModule
+from megatron_mamba.parallel.context import ParallelContext
+
+
+def load_model(checkpoint: str | Path, context: ParallelContext, precision: str = "fp32") -> tuple[LanguageModel, dict[str, Any]]:
+    """The model of a checkpoint on the context's device, ready to run without gradients, and the checkpoint's metadata.
+
+    `checkpoint` is a step's folder, a folder of checkpoints (the latest) or a run's folder. Weights are kept in
+    `precision` ("bf16", "fp32", "fp64"); A_log, D, dt_bias and norm weights in at least fp32. Raises CheckpointError for
+    a checkpoint that is missing, damaged or of another model.
+    """
+    folder = resolve(checkpoint)
+    config = from_dict(ModelConfig, read_metadata(folder)["config"]["model"])
+    model = build(config, context, precision=precision, device="meta")
+    if DTYPES[precision] == torch.bfloat16:
+        _narrow(model, torch.bfloat16)
+    model.to_empty(device=context.device)
+    if config.tie_embeddings:
+        model.output.weight = model.embedding.weight
+    model.requires_grad_(False).eval()
+    return model, load(folder, {"model": dict(model.named_parameters())})
+
+
+def _narrow(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Declare every parameter that need not stay fp32 in `dtype`: mixed precision would convert them again at every token."""
+    for module in model.modules():
+        if isinstance(module, TableModule):
+            for name, row in module.rows.items():
+                if not row.fp32:
+                    setattr(module, name, nn.Parameter(getattr(module, name).detach().to(dtype)))

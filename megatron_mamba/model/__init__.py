@@ -1,0 +1,5 @@
+"""The model: a pattern of mixers, built from one table of parameters."""
+
+from megatron_mamba.model.lm import LanguageModel, build
+
+__all__ = ["LanguageModel", "build"]

@@ -1,0 +1,36 @@
+"""FLOPs per token, counted exactly from the layer definitions (architectures.md: FLOPs per token)."""
+
+from __future__ import annotations
+
+from megatron_mamba.config import ModelConfig
+
+SSD_CHUNK = 128
+"""Chunk length Q at which the SSD algorithm's work is counted; the kernels are free to use another."""
+
+
+def layer_flops(config: ModelConfig, kind: str, seq_length: int, chunk: int = SSD_CHUNK) -> float:
+    """Forward FLOPs per token of one mixer of `kind` in documents of `seq_length` tokens (a multiply-add counts two)."""
+    D = config.hidden_size
+    if kind == "mamba2":
+        c = config.mamba2
+        E, H, P, N, GN = c.d_inner, c.n_heads, c.head_dim, c.state_size, c.n_groups * c.state_size
+        projections = 2 * D * (2 * E + 2 * GN + H) + 2 * E * D
+        ssd = 2 * chunk * GN + 2 * H * P * (chunk + 2 * N)
+        return projections + ssd + 2 * c.conv_width * (E + 2 * GN)
+    if kind == "mamba":
+        m = config.mamba
+        E, N, R = m.d_inner, m.state_size, m.dt_rank
+        projections = 2 * D * 2 * E + 2 * E * (R + 2 * N) + 2 * R * E + 2 * E * D
+        return projections + 2 * m.conv_width * E + 9 * E * N
+    if kind == "attention":
+        a = config.attention
+        Q, K = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+        return 2 * D * (Q + 2 * K) + 2 * Q * D + 2 * Q * seq_length
+    gated = config.mlp.activation == "swiglu"
+    return (6 if gated else 4) * D * config.mlp.ffn_size
+
+
+def flops_per_token(config: ModelConfig, seq_length: int, chunk: int = SSD_CHUNK) -> float:
+    """Forward FLOPs per token of the whole model; a training step costs three times as much."""
+    layers = sum(layer_flops(config, kind, seq_length, chunk) for kind in config.layers)
+    return layers + 2 * config.hidden_size * config.vocab_size

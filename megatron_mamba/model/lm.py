@@ -1,0 +1,171 @@
+"""The language model: embedding, a pattern of mixers on the residual stream, final norm, output projection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from mamba_kernels import rope_tables
+from torch import Tensor, nn
+
+from megatron_mamba.config import ModelConfig
+from megatron_mamba.model import parameters
+from megatron_mamba.model.attention import Attention
+from megatron_mamba.model.mamba import Mamba
+from megatron_mamba.model.mamba2 import Mamba2
+from megatron_mamba.model.mlp import MLP
+from megatron_mamba.model.module import Cache, LayerState, SequenceInfo, TableModule
+from megatron_mamba.model.norm import Norm
+from megatron_mamba.parallel import fsdp, tensor, vocab
+from megatron_mamba.parallel.context import ParallelContext
+
+MIXERS = {"mamba2": Mamba2, "mamba": Mamba, "attention": Attention, "mlp": MLP}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Layer(nn.Module):
+    """``x + mixer(norm(x))`` on the residual stream `[T, D]`."""
+
+    def __init__(self, kind: str, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = Norm(config, context, dtype)
+        self.mixer = MIXERS[kind](config, context, dtype)
+
+    def forward(self, x_TD: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
+        decoding = info.length == 1 and state is not None
+        run = self.mixer.step if decoding else self.mixer
+        return x_TD + run(self.norm(x_TD), info, state)
+
+
+class Embedding(TableModule):
+    """Token embedding `[V, D]`, split over the vocabulary."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return vocab.embed(tokens, self.local("weight"), self.context)
+
+
+class Output(TableModule):
+    """Output projection `[V, D]`, split over the vocabulary: logits, or the loss without ever holding them all."""
+
+    def forward(self, hidden: Tensor, labels_T: Tensor | None, scale: float, chunk_tokens: int) -> Tensor:
+        weight = self.local("weight")
+        if labels_T is None:
+            return vocab.logits(hidden, weight, self.context)
+        return vocab.cross_entropy(hidden, weight, labels_T, self.context, scale=scale, chunk_tokens=chunk_tokens)
+
+
+class LanguageModel(nn.Module):
+    """All four architectures: the pattern says which mixers, in which order."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.context = config, context
+        self.embedding = Embedding(parameters.vocabulary(config), context, dtype)
+        self.layers = nn.ModuleList(Layer(kind, config, context, dtype) for kind in config.layers)
+        self.final_norm = Norm(config, context, dtype)
+        self.output = Output(parameters.vocabulary(config), context, dtype)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        labels_BS: Tensor | None = None,
+        document_start_BS: Tensor | None = None,
+        scale: float = 1.0,
+        chunk_tokens: int = 1024,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Loss (with labels) or logits (without) of token ids `[B, S]` int64.
+
+        With `labels` `[B, S]` (negative = left out): the fp32 scalar ``scale * sum of cross-entropies`` in nats.
+        Without: logits `[B, S, V]`, or `[B, V]` of each row's last position with `last_only`. `document_start` `[B, S]`
+        bool resets conv, state and attention where it is True. `cache` continues from, and is advanced by, S tokens.
+        """
+        info = self._sequence_info(tokens_BS, document_start_BS, cache)
+        x_TD = self.embedding(tokens_BS.flatten())
+        for i, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, info, cache.layers[i] if cache else None)
+        if cache is not None:
+            cache.offset += info.length
+        if labels_BS is not None:
+            return self.output(self.final_norm(x_TD), labels_BS.flatten(), scale, chunk_tokens)
+        x_BSD = x_TD.unflatten(0, tokens_BS.shape)
+        return self.output(self.final_norm(x_BSD[:, -1] if last_only else x_BSD), None, scale, chunk_tokens)
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, start: Tensor | None = None) -> Cache:
+        """Empty decoding state for `batch` rows of up to `capacity` tokens; `start` `[B]` int64 marks left padding."""
+        device = self.context.device
+        states = [layer.mixer.new_state(batch, capacity, device, dtype) for layer in self.layers]  # type: ignore[union-attr,operator]
+        return Cache(states, capacity, 0, start)
+
+    def table_parameters(self) -> Iterator[tuple[str, nn.Parameter, parameters.ParameterSpec]]:
+        """Every parameter once, with its full name and its row of the table."""
+        table = parameters.parameter_table(self.config)
+        for name, parameter in self.named_parameters():
+            yield name, parameter, table[name]
+
+    def apart(self) -> list[nn.Parameter]:
+        """The parameters that stay fp32 in compute and are replicated over data-parallel ranks."""
+        return [p for _, p, row in self.table_parameters() if row.fp32]
+
+    def _sequence_info(self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None) -> SequenceInfo:
+        batch, length = tokens.shape
+        offset = cache.offset if cache else 0
+        if cache is not None and offset + length > cache.capacity:
+            raise ValueError(f"cache of {cache.capacity} tokens is full: {offset} used, {length} more given; make a larger one")
+        if cache is not None and document_start is not None:
+            raise ValueError("document_start: a cache holds one document a row; run packed documents without a cache")
+        rope = None
+        attention = self.config.attention
+        if "attention" in self.config.layers and attention.rotary_dim:
+            positions = torch.arange(offset, offset + length, device=tokens.device)
+            rope = rope_tables(positions, attention.rotary_dim, attention.rope_base)
+        start = cache.start if cache else None
+        if start is not None and offset < int(start.max()):
+            # Left padding must leave no trace: each row's first real token starts a document.
+            first = torch.arange(offset, offset + length, device=tokens.device) == start[:, None]
+            document_start = first if document_start is None else document_start | first
+        return SequenceInfo(batch, length, tokens.device, document_start, offset, start, rope)
+
+
+def build(
+    config: ModelConfig,
+    context: ParallelContext,
+    *,
+    precision: str = "fp32",
+    seed: int = 1234,
+    device: torch.device | str | None = None,
+) -> LanguageModel:
+    """The model of `config` on this rank's device, sharded over the context's mesh, with its initial weights.
+
+    `precision` is the compute dtype ("bf16", "fp32", "fp64"); weights are kept in fp32 (fp64). `seed` fixes the initial
+    weights, which are the same on every mesh. `device="meta"` gives the unsharded skeleton without memory.
+    """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    model = LanguageModel(config, context, dtype)
+    if device is not None and torch.device(device).type == "meta":
+        return model
+    units: list[nn.Module] = [*model.layers]
+    if not config.tie_embeddings:
+        units = [model.embedding, *units, model.output]
+    fsdp.shard(units, model, set(model.apart()), context, DTYPES[precision])
+    model.to_empty(device=device or context.device)
+    initialize(model, seed)
+    return model
+
+
+def initialize(model: LanguageModel, seed: int) -> None:
+    """Fill every parameter with its slice of the global initial tensor of `seed`."""
+
+    def fill(entry: tuple[str, nn.Parameter, parameters.ParameterSpec]) -> None:
+        _, parameter, row = entry
+        index = tensor.owned_slices(row.shape, row.split_dim, row.units, model.context, sharded=not row.fp32)
+        fsdp.local(parameter.detach()).copy_(parameters.initial_values(row, seed, index, parameter.dtype))
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        list(pool.map(fill, list(model.table_parameters())))

@@ -1,0 +1,86 @@
+"""The Mamba (S6) mixer (arXiv 2312.00752 section 3.4, figure 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mamba_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, swiglu
+from torch import Tensor
+
+from megatron_mamba.config import ModelConfig
+from megatron_mamba.model import parameters
+from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
+from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.linear import column_parallel, row_parallel
+
+
+class Mamba(TableModule):
+    """``out_proj(scan(conv(x), dt, B, C) * silu(z))``, where dt, B and C are projections of the convolved x.
+
+    B, C and the low-rank dt come from all inner channels, so there is a second reduction a layer, of R + 2N values a token.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__(parameters.mamba(config), context, dtype)
+        c = config.mamba
+        self.parts = [c.dt_rank, c.state_size, c.state_size]
+        self.state_size, self.conv_width = c.state_size, c.conv_width
+
+    def forward(self, x_TD: Tensor, info: SequenceInfo, state: RecurrentState | None = None) -> Tensor:
+        """x `[T, D]` -> `[T, D]`; with `state`, starts from it and leaves the final one in it."""
+        x, z = self._project(x_TD)
+        keep = state is not None
+        x = causal_conv1d(
+            x.unflatten(0, (info.batch, info.length)),
+            self.local("conv_weight"),
+            self.local("conv_bias"),
+            activation="silu",
+            initial_state=state.conv if state else None,
+            document_start=info.document_start,
+            return_final_state=keep,
+        )
+        if state is not None:
+            x, state.conv = x
+        dt, B, C = self._select(x)
+        y = selective_scan(
+            x,
+            dt,
+            -self.local("A_log").exp(),
+            B,
+            C,
+            D=self.local("D"),
+            dt_bias=self.local("dt_bias"),
+            dt_softplus=True,
+            initial_state=state.ssm if state else None,
+            document_start=info.document_start,
+            return_final_state=keep,
+        )
+        if state is not None:
+            y, state.ssm = y
+        return row_parallel(swiglu(z, y.flatten(0, 1)), self.local("out_proj"), self.context)
+
+    def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
+        """One token of every row: x `[B, D]` -> `[B, D]`, `state` updated in place."""
+        x, z = self._project(x_BD)
+        x = causal_conv1d_step(state.conv, x, self.local("conv_weight"), self.local("conv_bias"), activation="silu")
+        dt, B, C = self._select(x)
+        A, D, dt_bias = -self.local("A_log").exp(), self.local("D"), self.local("dt_bias")
+        y = selective_scan_step(state.ssm, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
+        return row_parallel(swiglu(z, y), self.local("out_proj"), self.context)
+
+    def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+        """Zero state for `batch` rows; its size does not depend on `capacity`."""
+        channels = self.local("D").shape[0]
+        wide = torch.promote_types(dtype, torch.float32)
+        return RecurrentState(
+            conv=torch.zeros(batch, self.conv_width - 1, channels, device=device, dtype=dtype),
+            ssm=torch.zeros(batch, channels, self.state_size, device=device, dtype=wide),
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return column_parallel(x, [self.local("in_proj_x"), self.local("in_proj_z")], self.context).chunk(2, dim=-1)
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt `[..., e]`, B and C `[..., N]` from the convolved x `[..., e]`."""
+        dt_R, B, C = row_parallel(x, self.local("x_proj"), self.context).split(self.parts, dim=-1)
+        return F.linear(dt_R, self.local("dt_proj")), B, C

@@ -1,0 +1,80 @@
+"""Dataclasses from plain data and back, with errors that name the field, its value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: says which field, which value, why, and what to do instead."""
+
+    def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
+        super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+
+
+def require(condition: bool, field: str, value: Any, problem: str, remedy: str) -> None:
+    """Raise :class:`ConfigError` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(field, value, problem, remedy)
+
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested dicts and lists, ready for YAML or JSON; :func:`from_dict` reads it back."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+
+
+def from_dict(cls: type[T], data: Any, path: str = "") -> T:
+    """Build dataclass `cls` from nested plain data, checking keys and types.
+
+    Raises :class:`ConfigError` for an unknown key (with the nearest known one), a missing key or a value of the wrong type.
+    """
+    require(isinstance(data, dict), path or "config", data, "expected a group of settings", "Write key: value pairs")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in data.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(fields)}"
+            raise ConfigError(_join(path, key), value, "unknown setting", remedy)
+    hints = typing.get_type_hints(cls)
+    built = {key: _convert(hints[key], value, _join(path, key)) for key, value in data.items()}
+    for name, spec in fields.items():
+        if name not in built and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(_join(path, name), None, "is required and was not given", f"Set {_join(path, name)}=...")
+    return cls(**built)
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path)
+    if origin is Literal:
+        require(value in args, path, value, "not one of the choices", f"Choose from {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        ok = isinstance(value, list | tuple) and len(value) == len(args)
+        require(ok, path, value, f"expected {len(args)} values", f"For example {path}=[{','.join('1' * len(args))}]")
+        return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if origin is dict:
+        require(isinstance(value, dict), path, value, "expected a mapping", f"For example {path}={{a:1,b:2}}")
+        return {str(k): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    exact = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
+    require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", f"Give a value of type {hint.__name__}")
+    return value

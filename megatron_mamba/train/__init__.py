@@ -1,0 +1,1 @@
+"""The trainer: loop, metrics, progress and plots."""

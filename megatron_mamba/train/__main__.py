@@ -1,0 +1,192 @@
+"""The command line of training, and the border behind which nothing knows Hydra.
+
+``python -m megatron_mamba.train model=hybrid_tiny data.path=PREFIX trainer.train_samples=10000 run.dir=DIR`` composes
+``configs/`` with the given options into a :class:`~megatron_mamba.config.Config` and trains it;
+``--config RUN_DIR/config.yaml [SETTING=VALUE ...]`` starts from a saved configuration instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_mamba.config import Config, ConfigError, from_dict, require, to_dict
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+"""Hydra's folder of groups and options (a link to the repository's configs/, or package data in an installed wheel)."""
+
+_HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
+"""Flags with which Hydra prints something and starts nothing."""
+
+
+def compose(overrides: Sequence[str], saved: str | Path | None = None) -> Config:
+    """The checked configuration of a run.
+
+    `overrides` are ``group=option`` and ``setting=value`` in Hydra's grammar; `saved` is a ``config.yaml`` written by an
+    earlier run, which then takes the place of groups and defaults. Raises :class:`ConfigError`.
+    """
+    return from_dict(Config, compose_tree(overrides, saved)).validate()
+
+
+def compose_tree(overrides: Sequence[str], saved: str | Path | None = None) -> dict[str, Any]:
+    """As :func:`compose`, but plain data in which no value has been checked yet."""
+    groups = config_groups()
+    _register_defaults()
+    name = "train" if saved is None else _register_saved(Path(saved))
+    arguments = [_argument(text, groups, saved is not None) for text in overrides]
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = hydra.compose(name, arguments)
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        # Only the model has settings without a default.
+        raise ConfigError("model", None, "is required and was not given", f"Choose one: {', '.join(groups['model'])}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _as_config_error(error, overrides) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Names of the options of every config group."""
+    folders = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def main() -> None:
+    """Train what the command line says; exit code 2 and one message on stderr if that cannot work."""
+    arguments, saved = _split_saved(sys.argv[1:])
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if _HYDRA_FLAGS.intersection(flags):
+        _register_defaults()
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(lambda config: None)()
+        return
+    try:
+        require(not flags, "command line", " ".join(flags), "unknown flag", "Known: --config FILE, --cfg job, --info, --help")
+        config = compose(arguments, saved)
+    except ConfigError as error:
+        sys.exit(_report(error))
+
+    from megatron_mamba.train.loop import train
+
+    try:
+        code = train(config)
+    except ConfigError as error:
+        code = _report(error)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _split_saved(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
+    rest, saved, given = [], None, iter(arguments)
+    for argument in given:
+        flag, _, value = argument.partition("=")
+        if flag != "--config":
+            rest.append(argument)
+            continue
+        saved = value or next(given, "")
+    return rest, saved
+
+
+# ------------------------------------------------------------------------------------------------ what Hydra composes
+
+
+def _register_defaults() -> None:
+    """Make the dataclasses' defaults the entry `schema` of train.yaml's defaults list, so that Hydra knows every setting,
+    and ``${required:WHAT}`` a value that the user must give (a ??? would not replace a default of null)."""
+    ConfigStore.instance().store(name="schema", node=_defaults(Config))
+    OmegaConf.register_new_resolver("required", _required, replace=True)
+
+
+def _required(what: str) -> None:
+    raise LookupError(f"is required and was not given: {what}")
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The dataclass's defaults as plain data, with Hydra's ??? for what has none."""
+    hints, tree = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            tree[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = to_dict(field.default_factory())
+        else:
+            hint = hints[field.name]
+            tree[field.name] = _defaults(typing.cast(type, hint)) if dataclasses.is_dataclass(hint) else MISSING
+    return tree
+
+
+def _register_saved(path: Path) -> str:
+    """Make a run's config.yaml a primary config, over the defaults of settings it does not have; returns its name."""
+    remedy = "Give the config.yaml of a run: --config RUN_DIR/config.yaml"
+    require(path.is_file(), "--config", str(path), "no such file", remedy)
+    try:
+        saved = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
+    require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)
+    ConfigStore.instance().store(name="saved", node=OmegaConf.merge(_defaults(Config), saved))
+    return "saved"
+
+
+def _argument(text: str, groups: dict[str, list[str]], saved: bool) -> str:
+    """One override, checked for its grammar. Settings get Hydra's ++, which leaves unknown ones to :func:`from_dict`: it
+    knows the nearest name, and it lets a group that is off (trainer.batch_ramp=null) be switched on key by key."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        key, _, value = text.partition("=")
+        remedy = f"Write SETTING=VALUE, with quotes around special characters: '{key}=\"...\"'"
+        raise ConfigError(key, value, "cannot be read", remedy) from error
+    key, value = override.key_or_group, text.partition("=")[2]
+    require(not override.is_sweep_override(), key, value, "several values",
+            f"Write a list as {key}=[1,2], text with a comma as '{key}=\"a,b\"'")  # fmt: skip
+    if override.type is not OverrideType.CHANGE:
+        return text
+    if key not in groups:
+        return f"++{text}"
+    require(not saved, key, value, "chooses an option of a group, but --config gives the whole configuration",
+            f"Override single settings ({key}.NAME=VALUE), or leave out --config")  # fmt: skip
+    near = difflib.get_close_matches(value, groups[key], n=1)
+    hint = f"Did you mean {key}={near[0]}? " if near else ""
+    require(override.value() in groups[key], key, value, "no such option", f"{hint}Known: {', '.join(groups[key])}")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def _as_config_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's or OmegaConf's complaint in our words."""
+    problem = _one_line(error)
+    key = getattr(error, "full_key", None)
+    if key:  # of a value that refers to others
+        return ConfigError(key, None, problem.rpartition("while resolving interpolation: ")[2], f"Set {key}=...")
+    return ConfigError("command line", " ".join(overrides), problem, "See python -m megatron_mamba.train --help")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split()).rstrip(".")
+
+
+if __name__ == "__main__":
+    main()

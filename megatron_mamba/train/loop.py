@@ -1,0 +1,369 @@
+"""The trainer: from a configuration to a run folder with metrics, checkpoints and a loss curve."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_mamba.checkpoint.sharded import CheckpointManager, load, read_metadata, resolve
+from megatron_mamba.config import Config, ConfigError, require, to_dict
+from megatron_mamba.data import Batch, Loader, build_datasets
+from megatron_mamba.model import build
+from megatron_mamba.model.flops import flops_per_token
+from megatron_mamba.model.parameters import count, parameter_table
+from megatron_mamba.optim import (
+    build_optimizer,
+    clip_,
+    global_batch_size,
+    global_grad_norm,
+    learning_rate,
+    optimizer_state,
+    set_learning_rate,
+)
+from megatron_mamba.parallel import fsdp
+from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.vocab import IGNORE
+from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
+from megatron_mamba.train.plot import plot_run
+from megatron_mamba.train.progress import TrainingProgress
+from megatron_mamba.train.resilience import (
+    SkipCounter,
+    StopRequest,
+    TrainingError,
+    restore_rng_state,
+    rng_state,
+    seed_everything,
+)
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> int:
+    """Run, or resume, the training that `config` describes; returns the process's exit code.
+
+    0: finished, or stopped on request (SIGTERM, SIGUSR1, trainer.stop_after_samples) with a checkpoint. Raises
+    ConfigError, DataError or CheckpointError for input that cannot work and :class:`TrainingError` when too many steps
+    in a row were not finite.
+    """
+    context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
+    try:
+        trainer = Trainer(config, context)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+    finally:
+        context.close()
+    return 0
+
+
+class Trainer:
+    """One run on one rank: model, optimizer, data and the counters that a checkpoint holds."""
+
+    def __init__(self, config: Config, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        self.is_main = context.global_rank == 0
+        self.run_dir = Path(config.run.dir)
+        _check_batches(config, context)
+        learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
+        seed_everything(config.run.seed + context.global_rank)
+        torch.use_deterministic_algorithms(config.trainer.deterministic)
+        self.data = build_datasets(config)
+        self.model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed)
+        self.parameters = list(self.model.parameters())
+        self.apart = self.model.apart()
+        self.table = parameter_table(config.model)
+        self.optimizer = build_optimizer(self.model.named_parameters(), self.table, config.optim)
+        self.manager = CheckpointManager(
+            config.checkpoint_dir,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            async_save=config.checkpoint.async_save,
+            on_damage=config.checkpoint.on_damage,
+        )
+        self.step = self.consumed_samples = self.consumed_tokens = 0
+        self.skips = SkipCounter(config.trainer.max_skipped_steps)
+        self._start_or_resume()
+        if self.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        self.metrics = MetricLogger(config, self.run_dir, self.is_main, consumed_samples=self.consumed_samples)
+        self.timer = PhaseTimer(context.device)
+        flops = 3 * flops_per_token(config.model, config.data.seq_length)
+        self.throughput = Throughput(flops, context.world_size, context.device, config.logging.peak_tflops)
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
+        config = self.config
+        loader = Loader(
+            self.data.train,
+            self._index_batches(self.consumed_samples),
+            document_reset=config.data.document_reset,
+            prefetch=config.data.prefetch,
+            device=self.context.device,
+        )
+        end = self._last_sample()
+        self.metrics.log(self._description(), kind="event")
+        with StopRequest(self.context) as stop, TrainingProgress(config, self.is_main, self.consumed_samples) as progress:
+            try:
+                while self.consumed_samples + self._batch_size() <= end:
+                    record = self._train_step(loader)
+                    due = self.step % config.logging.interval == 0 or not record["finite"]
+                    if due or self.step == 1:
+                        record |= self.throughput.lap(self.consumed_tokens) | self.timer.lap() | memory_gib(self.context.device)
+                        self.metrics.log(record, kind="train")
+                    progress.update(self.consumed_samples, record)
+                    if self.skips.exhausted:
+                        self._give_up(record)
+                    if config.eval.interval and self.step % config.eval.interval == 0:
+                        self._evaluate("valid", self.data.valid)
+                    if self.step % config.checkpoint.interval == 0:
+                        self._save()
+                    if stop.asked():
+                        self.metrics.log({"event": "stopped by signal", "step": self.step}, kind="event")
+                        log.warning("stopping at step %d on signal %s", self.step, stop.received)
+                        break
+            finally:
+                loader.close()
+        self._save()
+        self.manager.wait()
+        if self.consumed_samples + self._batch_size() > config.train_samples:
+            self._evaluate("valid", self.data.valid)
+            self._evaluate("test", self.data.test)
+        if self.is_main and self.step > 0:
+            plot_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
+
+    def _train_step(self, loader: Iterator[Batch]) -> dict[str, Any]:
+        """One optimizer step over one global batch; returns what is worth logging."""
+        config, context = self.config, self.context
+        batch_size = self._batch_size()
+        count_micro = batch_size // (config.trainer.micro_batch_size * context.dp_size)
+        with self.timer.phase("data"):
+            batches = [next(loader) for _ in range(count_micro)]
+        targets = context.sum_over_dp(sum((b.labels_BS >= 0).sum() for b in batches)).item()
+        scale = 1.0 / max(targets, 1)
+        loss = torch.zeros((), dtype=torch.float64, device=context.device)
+        for i, batch in enumerate(batches):
+            fsdp.last_backward(self.model, i == count_micro - 1)
+            with self.timer.phase("forward"):
+                part = self._loss(batch, scale)
+                loss += part.detach()
+            with self.timer.phase("backward"):
+                part.backward()
+        fsdp.sum_replicated_gradients(self.apart, context)
+        with self.timer.phase("optimizer"):
+            lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
+            norm = global_grad_norm(self.parameters, context)
+            loss_value, norm_value = torch.stack([context.sum_over_dp(loss), norm.double()]).tolist()
+            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+            if finite:
+                clip_(self.parameters, norm, config.optim.clip_grad)
+                set_learning_rate(self.optimizer, lr)
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.skips.record(finite)
+        self.step += 1
+        self.consumed_samples += batch_size
+        self.consumed_tokens += batch_size * config.data.seq_length
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+            "loss": loss_value,
+            "perplexity": _perplexity(loss_value),
+            "grad_norm": norm_value,
+            "lr": lr,
+            "global_batch_size": batch_size,
+            "skipped_steps": self.skips.total,
+            "finite": finite,
+        }
+
+    def _loss(self, batch: Batch, scale: float) -> Tensor:
+        return self.model(
+            batch.inputs_BS,
+            labels_BS=batch.labels_BS,
+            document_start_BS=batch.document_start_BS,
+            scale=scale,
+            chunk_tokens=self.config.trainer.loss_chunk_tokens,
+        )
+
+    def _give_up(self, record: dict[str, Any]) -> None:
+        self._save()
+        self.manager.wait()
+        raise TrainingError(
+            f"{self.skips.in_a_row} steps in a row had a non-finite loss or gradient (last: loss {record['loss']}, "
+            f"grad norm {record['grad_norm']}, step {self.step}); no weights were changed by them. The checkpoint at step "
+            f"{self.step} in {self.config.checkpoint_dir} holds the last good weights. Lower optim.lr, lengthen the "
+            "warm-up, or check the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
+        )
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def _evaluate(self, name: str, dataset: Any) -> None:
+        """Log the mean loss over the first eval.samples sequences of a split, the same ones each time."""
+        samples = min(self.config.eval.samples, dataset.samples_per_epoch if dataset is not None else 0)
+        if samples == 0:
+            return
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        with self.timer.phase("evaluate"):
+            loader = self._evaluation_loader(dataset, samples)
+            for real, batch in loader:
+                batch.labels_BS[real:] = IGNORE
+                totals[0] += self._loss(batch, 1.0)
+                totals[1] += (batch.labels_BS >= 0).sum()
+        loss, tokens = self.context.sum_over_dp(totals).tolist()
+        self.model.train()
+        self.throughput.pause()
+        mean = loss / max(tokens, 1)
+        record = {"step": self.step, "consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
+        self.metrics.log(record | {"split": name, "loss": mean, "perplexity": _perplexity(mean), "tokens": tokens}, kind="valid")
+
+    def _evaluation_loader(self, dataset: Any, samples: int) -> Iterator[tuple[int, Batch]]:
+        """This rank's batches with their number of real rows: every rank gets equally many, padded with repeats."""
+        micro, dp = self.config.trainer.micro_batch_size, self.context.dp_size
+        mine = list(range(self.context.dp_rank, samples, dp))
+        count_batches = -(-samples // (micro * dp))
+        groups = [mine[i * micro : (i + 1) * micro] for i in range(count_batches)]
+        padded = [group + [0] * (micro - len(group)) for group in groups]
+        reset, prefetch = self.config.data.document_reset, self.config.data.prefetch
+        loader = Loader(dataset, padded, document_reset=reset, prefetch=prefetch, device=self.context.device)
+        try:
+            yield from zip([len(group) for group in groups], loader, strict=True)
+        finally:
+            loader.close()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"model": dict(self.model.named_parameters()), "optimizer": optimizer_state(self.optimizer)}
+
+    def _save(self) -> None:
+        if self.step == 0 or self.step == self.saved_step:
+            return
+        with self.timer.phase("checkpoint"):
+            metadata = {
+                "step": self.step,
+                "consumed_samples": self.consumed_samples,
+                "consumed_tokens": self.consumed_tokens,
+                "skipped_steps": self.skips.total,
+                "skipped_in_a_row": self.skips.in_a_row,
+                "config": to_dict(self.config),
+                "tokenizer": self.data.tokenizer_path and str(self.data.tokenizer_path),
+            }
+            self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())
+        self.saved_step = self.step
+
+    def _start_or_resume(self) -> None:
+        """Continue from the latest checkpoint of the run, or take over weights from checkpoint.init_from."""
+        self.saved_step: int | None = None
+        latest = self.manager.latest()
+        if latest is None:
+            if self.config.checkpoint.init_from is not None:
+                source = resolve(self.config.checkpoint.init_from)
+                load(source, {"model": self._tensors()["model"]})
+                log.info("starting from the weights of %s", source)
+            return
+        metadata = read_metadata(latest)
+        _check_same_model(self.config, metadata["config"], latest)
+        rank_state: dict[str, Any] = {}
+        load(latest, self._tensors(), rank_state=rank_state)
+        if rank_state:
+            restore_rng_state(rank_state)
+        self.step = self.saved_step = metadata["step"]
+        self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
+        self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
+        log.info("resumed from %s at step %d (%d samples)", latest, self.step, self.consumed_samples)
+
+    # ------------------------------------------------------------------------------------------------ counting
+
+    def _batch_size(self) -> int:
+        return global_batch_size(self.config.trainer, self.consumed_samples)
+
+    def _last_sample(self) -> int:
+        stop = self.config.trainer.stop_after_samples
+        return min(self.config.train_samples, stop) if stop is not None else self.config.train_samples
+
+    def _index_batches(self, consumed: int) -> Iterator[list[int]]:
+        """Sample numbers of this rank's micro-batches from `consumed` on: a pure function of the samples consumed."""
+        micro, end = self.config.trainer.micro_batch_size, self._last_sample()
+        while consumed + (batch := global_batch_size(self.config.trainer, consumed)) <= end:
+            share = batch // self.context.dp_size
+            first = consumed + self.context.dp_rank * share
+            for start in range(first, first + share, micro):
+                yield list(range(start, start + micro))
+            consumed += batch
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "event": "start" if self.step == 0 else "resume",
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "parameters": count(self.config.model),
+            "flops_per_token": 3 * flops_per_token(self.config.model, self.config.data.seq_length),
+            "world_size": self.context.world_size,
+            "device": str(self.context.device),
+            "torch": torch.__version__,
+        }
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.manager.close()
+        self.metrics.close()
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+
+
+def _check_batches(config: Config, context: ParallelContext) -> None:
+    """The batch must share out evenly over data-parallel ranks and micro-batches."""
+    per_step = config.trainer.micro_batch_size * context.dp_size
+    sizes = {"trainer.global_batch_size": config.trainer.global_batch_size}
+    if config.trainer.batch_ramp is not None:
+        sizes["trainer.batch_ramp.start"] = config.trainer.batch_ramp.start
+        sizes["trainer.batch_ramp.increment"] = config.trainer.batch_ramp.increment
+    for field, size in sizes.items():
+        require(
+            size % per_step == 0,
+            field,
+            size,
+            f"not a multiple of micro_batch_size {config.trainer.micro_batch_size} x {context.dp_size} data-parallel ranks",
+            f"Use a multiple of {per_step}, or another trainer.micro_batch_size",
+        )
+    first = min(sizes.values())
+    require(
+        config.train_samples >= first,
+        "trainer.train_samples",
+        config.train_samples,
+        f"shorter than one global batch of {first} samples",
+        "Train longer, or lower trainer.global_batch_size",
+    )
+
+
+def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
+    """A run resumes its own model; other changes are allowed and named."""
+    ours = to_dict(config)
+    for key in ours["model"].keys() | saved["model"].keys():
+        old, new = saved["model"].get(key), ours["model"].get(key)
+        if old != new and key != "name":
+            raise ConfigError(
+                f"model.{key}",
+                new,
+                f"the checkpoint {path} is of another model ({key} = {old!r})",
+                "Give the run another run.dir, or the model it was started with",
+            )
+    for group in ("data", "optim", "trainer", "parallel"):
+        changed = [key for key in ours[group] if saved[group].get(key) != ours[group][key]]
+        if changed:
+            log.warning("resuming with other settings than the checkpoint's: %s", ", ".join(f"{group}.{k}" for k in changed))

@@ -1,0 +1,93 @@
+"""What a run does when it is told to stop, or when a step goes wrong."""
+
+from __future__ import annotations
+
+import random
+import signal
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_mamba.parallel.context import ParallelContext
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; a checkpoint of the last good state was written."""
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGUSR1 into a question that all ranks answer alike between two steps.
+
+    Use as a context manager: the handlers that were there before come back at the end.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context = context
+        self.received: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+
+    def asked(self) -> bool:
+        """True on every rank once any rank received a signal (a collective: call it on all ranks alike)."""
+        return self.context.any_rank(self.received is not None)
+
+
+class SkipCounter:
+    """Counts steps that were skipped for a non-finite loss or gradient, in total and in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.total, self.in_a_row = limit, 0, 0
+
+    def record(self, finite: bool) -> None:
+        """Note one step's outcome."""
+        self.total += not finite
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+
+    @property
+    def exhausted(self) -> bool:
+        return self.in_a_row >= self.limit
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch. Weights and samples do not depend on it; they have seeds of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of this rank's random generators, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
