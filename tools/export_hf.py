@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mamba.checkpoint import CheckpointError, hf, read_metadata, resolve
+from megatron_mamba.checkpoint import CheckpointError, hf, read_metadata, resolve, tokenizer_path
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
 from megatron_mamba.checkpoint.hf_verify import compare, sample_tokens
 from megatron_mamba.config import Config, ModelConfig, ParallelConfig, from_dict
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     metadata = read_metadata(checkpoint)
     config = from_dict(Config, metadata["config"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    path = None if args.no_tokenizer else args.tokenizer or metadata.get("tokenizer")
+    path = None if args.no_tokenizer else args.tokenizer or tokenizer_path(checkpoint, metadata)
     cls = hf.export(
         config.model, checkpoint_tensors(checkpoint), args.output, dtype=dtype, max_shard_size=args.max_shard_size,
         architecture=args.architecture, tokenizer=path, max_length=config.data.seq_length, training=metadata["config"],

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,11 +59,10 @@ def _parts(model: ModelConfig, seq_length: int) -> dict[str, dict[str, Any]]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print what :func:`plan` found as a table."""
-    table = Table(
-        title=f"{result['model']}  ·  {result['seq_length']:,} tokens a sequence  ·  {result['pattern']}", title_justify="left"
-    )
-    for heading in ("part", "layers", "parameters a layer", "parameters", "share", "forward MFLOP a token", "share"):
-        table.add_column(heading, justify="left" if heading == "part" else "right")
+    console.print(f"{result['model']}, {result['seq_length']:,} tokens a sequence, pattern {result['pattern']}", highlight=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for heading in ("part", "layers", "per layer", "parameters", "share", "MFLOP/token", "share"):
+        table.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
     total, forward = result["parameters"], result["flops_per_token"]["forward"]
     for name, part in result["parts"].items():
         layers, parameters, flops = part["layers"], part["parameters"], part["forward_flops_per_token"]
@@ -75,7 +75,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         "total", f"{sum(p['layers'] for p in result['parts'].values())}", "", f"{total:,}", "", f"{forward / 1e6:,.1f}", ""
     )
     console.print(table)
-    console.print(f"Training: {result['flops_per_token']['training'] / 1e9:,.3f} GFLOP a token (three times the forward pass)")
+    training = result["flops_per_token"]["training"]
+    console.print(
+        f"MFLOP/token: forward pass. Training takes three times that: {training / 1e9:,.3f} GFLOP/token.", highlight=False
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

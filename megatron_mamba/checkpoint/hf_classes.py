@@ -329,7 +329,7 @@ def _candidates(config: ModelConfig) -> list[HFClass]:
     if "m" in letters and len(letters) > 1:
         raise HFExportError(
             f"model.pattern = {config.pattern!r}: no Hugging Face class mixes Mamba (S6, `m`) layers with others. "
-            "`m` alone fits MambaForCausalLM; with Mamba-2 (`M`) in their place, Mamba2ForCausalLM or (with `*`) NemotronHForCausalLM"
+            "`m` alone fits MambaForCausalLM; with Mamba-2 (`M`) instead of `m`, Mamba2ForCausalLM or NemotronHForCausalLM may fit"
         )
     wanted = {"m": ("mamba",), "M": ("mamba2",)}.get("".join(letters), ("nemotron_h",))
     transformers = [cls for cls in CLASSES if cls.unit == "*-" and _pattern_fits(cls, config)]
@@ -347,15 +347,14 @@ def _needs(cls: HFClass, config: ModelConfig) -> list[str]:
     """What would have to change in `config` for `cls` to hold it, as settings to make; empty if it fits."""
     attention, mlp, kinds = config.attention, config.mlp, set(config.layers)
     rotary, hidden = attention.rotary_dim if "attention" in kinds else 0, config.hidden_size
-    ssm = {"m": config.mamba, "M": config.mamba2}.get(cls.unit or "")
+    d_inner = {"m": config.mamba.d_inner, "M": config.mamba2.d_inner}.get(cls.unit or "", 0)
     checks = [
         (not _pattern_fits(cls, config),
          "at least one attention layer (`*`) in model.pattern, and no `m`: its cache cannot work otherwise"
          if cls.unit is None else f"model.pattern to repeat {cls.unit!r} and nothing else"),
         ((config.norm == "rmsnorm") != (cls.norm == "rmsnorm"),
          f"model.norm={cls.norm} (it is {config.norm})"),
-        (ssm is not None and ssm.d_inner % hidden != 0,
-         f"d_inner to be a multiple of model.hidden_size = {hidden} (it is {ssm.d_inner if ssm else 0})"),
+        (d_inner % hidden != 0, f"d_inner to be a multiple of model.hidden_size = {hidden} (it is {d_inner})"),
     ]  # fmt: skip
     if "mlp" in kinds and "mlp" in cls.mixers:
         gated = mlp.activation == "swiglu"

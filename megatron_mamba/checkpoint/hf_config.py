@@ -6,9 +6,9 @@ readers need (a hybrid's pattern) and leaves dangerous defaults in place (tied e
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ def write_config(
     harnesses read it even where the model has no limit); `dtype` is torch's name of the file's dtype.
     """
     pattern = config.pattern.replace("|", "")
-    values = {key: functools.reduce(getattr, path.split("."), config) for key, path in cls.fields.items()}
+    values: dict[str, Any] = {key: attrgetter(path)(config) for key, path in cls.fields.items()}
     if cls.unit is None:
         values |= {"hybrid_override_pattern": pattern, "attention_head_dim": config.attention.head_dim}
     if cls.unit != "*-":
         d_inner = config.mamba.d_inner if cls.unit == "m" else config.mamba2.d_inner
         values["expand"] = max(1, d_inner // config.hidden_size)
-    if cls.activation_key is not None:
+    if cls.activation_key is not None and "mlp" in config.layers:
         values[cls.activation_key] = ACTIVATIONS[config.mlp.activation]
     if cls.rope != "none":
         base, fraction = cls.rope_keys
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> tuple[HFClass, ModelConfig]:
         raise HFImportError(f"{folder} has no config.json: not a Hugging Face model folder")
     raw, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
     cls = next((c for c in CLASSES if c.model_type == raw.get("model_type")), None)
-    if cls is None or raw.get("architectures", [cls.architecture]) != [cls.architecture]:
+    if cls is None or (raw.get("architectures") or [cls.architecture]) != [cls.architecture]:
         known = ", ".join(c.architecture for c in CLASSES)
         raise HFImportError(f"{folder}/config.json: architectures = {raw.get('architectures')}, model_type = "
                             f"{raw.get('model_type')!r} cannot be imported. Known: {known}")  # fmt: skip
@@ -100,14 +100,13 @@ def _model_config(cls: HFClass, hf: Any, folder: Path) -> ModelConfig:
     parts: dict[str, dict[str, Any]] = {"": {}, "mamba": {}, "mamba2": {}, "attention": {}, "mlp": {}}
     for key, path in cls.fields.items():
         group, _, name = path.rpartition(".")
-        value = getattr(hf, key, None)
-        parts[group][name] = float(value) if name == "norm_eps" else value
+        parts[group][name] = getattr(hf, key, None)
     pattern = hf.hybrid_override_pattern if cls.unit is None else cls.unit * hf.num_hidden_layers
     if "E" in pattern:
         raise _unsupported(folder, "hybrid_override_pattern", pattern, "mixture-of-experts layers (E) have no counterpart here")
     if "n_heads" in parts["mamba2"]:
         parts["mamba2"]["d_inner"] = parts["mamba2"].pop("n_heads") * parts["mamba2"]["head_dim"]
-    if cls.activation_key is not None:
+    if cls.activation_key is not None and "-" in pattern:
         parts["mlp"]["activation"] = _activation(cls, getattr(hf, cls.activation_key), folder)
     attention = parts["attention"]
     if attention:

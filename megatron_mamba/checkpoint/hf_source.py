@@ -10,7 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megatron_mamba.checkpoint.sharded import CheckpointManager, verify
+from megatron_mamba.checkpoint.loading import shared_damage
+from megatron_mamba.checkpoint.sharded import CheckpointManager
 from megatron_mamba.checkpoint.storage import CheckpointError, Reader, read_index
 from megatron_mamba.config import Config, ModelConfig, to_dict
 
@@ -18,9 +19,11 @@ from megatron_mamba.config import Config, ModelConfig, to_dict
 def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
     """``get(name)`` that reads one global parameter of the checkpoint `path` onto the CPU, whatever mesh wrote it.
 
-    Checks the checksums first. Raises :class:`CheckpointError` for damage, or a name that the checkpoint does not hold.
+    Checks the parameters' checksums first. Raises :class:`CheckpointError` for damage, or a name that the checkpoint does not hold.
     """
-    verify(path)
+    damage = shared_damage(path, None, groups={"model"})
+    if damage:
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(damage)}. Export another one")
     index = read_index(path)
 
     def get(name: str) -> Tensor:

@@ -191,10 +191,10 @@ def _normalizers(library: Any, regex: Any, spec: Any, symbols: list[str]) -> lis
 
 def _parse(source: Path) -> Any:
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2 as proto
     except ModuleNotFoundError as error:
         raise HFExportError("protobuf is not installed: pip install 'megatron-mamba[hf]'") from error
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = proto.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(source.read_bytes())
     return model
 

@@ -93,6 +93,20 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return metadata
 
 
+def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Path | None:
+    """The tokenizer saved with checkpoint `path` (recorded relative to the folder of checkpoints), or None.
+
+    Raises :class:`CheckpointError` if the record names a file that is not there.
+    """
+    saved = metadata.get("tokenizer")
+    if saved is None:
+        return None
+    found = Path(path).absolute().parent / saved
+    if not found.exists():
+        raise CheckpointError(f"checkpoint {path} was saved with the tokenizer {found}, which is not there any more. Put it back")
+    return found
+
+
 def verify(path: str | os.PathLike[str]) -> None:
     """Recompute every checksum. Raises :class:`CheckpointError` naming each damaged file, with expected and found."""
     damage = shared_damage(Path(path), None)

@@ -41,31 +41,28 @@ def build_datasets(config: Config) -> Datasets:
     and ConfigError for a model.vocab_size below the tokenizer's.
     """
     data = config.data
-    if data.kind == "synthetic":
-        synthetic = [
-            SyntheticDataset(vocab_size=config.model.vocab_size, seq_length=data.seq_length, seed=data.seed, split=split)
-            for split in SPLITS
-        ]
-        path = None if data.tokenizer is None else find_tokenizer(data.tokenizer)
-        return Datasets(*synthetic, path, None if path is None else tokenizer_sha256(path))
-    weights = {str(data.path): 1.0} if data.blend is None else data.blend
-    readers = {prefix: IndexedReader(prefix) for prefix in weights}
-    records = {prefix: _metadata(reader) for prefix, reader in readers.items()}
-    tokenizer, sha256 = _check_tokenizer(config, {prefix: record for prefix, record in records.items() if record is not None})
-    documents = {prefix: split_documents(reader, data.split) for prefix, reader in readers.items()}
+    tokenizer = None if data.tokenizer is None else find_tokenizer(data.tokenizer)
+    sha256 = None if tokenizer is None else tokenizer_sha256(tokenizer)
     built: list[Dataset | None] = []
-    for number, split in enumerate(SPLITS):
-        if not data.split[number]:
-            built.append(None)
-            continue
-        parts = [
-            PackedDataset(reader, documents[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
-                          vocab_size=config.model.vocab_size, cache_dir=data.cache_dir)
-            for prefix, reader in readers.items()
-        ]  # fmt: skip
-        built.append(parts[0] if len(parts) == 1 else BlendedDataset(parts, weights))
+    if data.kind == "synthetic":
+        options = {"vocab_size": config.model.vocab_size, "seq_length": data.seq_length, "seed": data.seed}
+        built += [SyntheticDataset(split=split, **options) if share else None for split, share in zip(SPLITS, data.split, strict=True)]
+    else:
+        weights = {str(data.path): 1.0} if data.blend is None else data.blend
+        readers = {prefix: IndexedReader(prefix) for prefix in weights}
+        tokenizer, sha256 = _check_tokenizer(config, readers, tokenizer, sha256)
+        documents = {prefix: split_documents(reader, data.split) for prefix, reader in readers.items()}
+        for number, split in enumerate(SPLITS):
+            parts = [
+                PackedDataset(
+                    reader, documents[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
+                    vocab_size=config.model.vocab_size, cache_dir=data.cache_dir,
+                )
+                for prefix, reader in readers.items() if data.split[number]
+            ]  # fmt: skip
+            built.append(BlendedDataset(parts, weights) if len(parts) > 1 else parts[0] if parts else None)
     train, valid, test = built
-    assert train is not None
+    assert train is not None, "DataConfig.validate wants a positive share for training"
     return Datasets(train, valid, test, tokenizer, sha256)
 
 
@@ -80,27 +77,27 @@ def _metadata(reader: IndexedReader) -> Metadata | None:
     return record
 
 
-def _check_tokenizer(config: Config, records: dict[str, Metadata]) -> tuple[Path | None, str | None]:
-    """The run's tokenizer and its digest, equal for all corpora and no larger than the model's vocabulary."""
-    path, sha256, vocab_size = None, None, None
-    owner = "data.tokenizer"
-    if config.data.tokenizer is not None:
-        path = find_tokenizer(config.data.tokenizer)
-        sha256 = tokenizer_sha256(path)
-        owner = f"data.tokenizer = {path}"
-    for prefix, record in records.items():
-        if sha256 is not None and record.tokenizer_sha256 != sha256:
+def _check_tokenizer(
+    config: Config, readers: dict[str, IndexedReader], path: Path | None, sha256: str | None
+) -> tuple[Path | None, str | None]:
+    """The run's tokenizer (`path` if given) and its digest: the one of all corpora, no larger than the model's vocabulary."""
+    owner, vocab_size = f"data.tokenizer = {path}", None
+    for prefix, reader in readers.items():
+        record = _metadata(reader)
+        if record is None:
+            continue
+        if sha256 is None:
+            path, sha256 = find_tokenizer(record.tokenizer_path(prefix)), record.tokenizer_sha256
+            owner = f"the tokenizer of {prefix}"
+        elif record.tokenizer_sha256 != sha256:
             raise DataError(
                 f"{prefix}: was tokenised with a tokenizer of sha256 {record.tokenizer_sha256} ({record.tokenizer}), but {owner} "
                 f"has sha256 {sha256}. Use the corpus' own tokenizer, or tokenise the text again"
             )
-        if sha256 is None:
-            path, sha256 = find_tokenizer(record.tokenizer_path(prefix)), record.tokenizer_sha256
-            owner = f"the tokenizer of {prefix}"
-        vocab_size = max(record.vocab_size, record.max_token_id + 1)
+        vocab_size = record.vocab_size
     if path is not None and vocab_size is None:
         vocab_size = load_tokenizer(path).vocab_size
     if vocab_size is not None and config.model.vocab_size < vocab_size:
-        raise ConfigError("model.vocab_size", config.model.vocab_size, f"{owner} has {vocab_size} ids",
-                          f"Set model.vocab_size to {vocab_size} or more")
+        remedy = f"Set model.vocab_size to {vocab_size} or more"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, f"{owner} has {vocab_size} ids", remedy)
     return path, sha256

@@ -43,19 +43,22 @@ def schedule(counts: Sequence[int]) -> np.ndarray:
     lie in the window [floor(j / share), ceil((j + 1) / share)) for that; earliest deadline first meets all the windows
     (Baruah et al., Proportionate Progress, 1996; one machine, unit jobs, integral windows).
     """
-    period = sum(counts)
-    choices = np.empty(period, np.uint16)
-    released: list[tuple[int, int, int]] = []
-    waiting = [(0, c, 0) for c in range(len(counts))]
-    for time in range(period):
-        while waiting and waiting[0][0] <= time:
-            _, c, j = heapq.heappop(waiting)
-            heapq.heappush(released, (-(-(j + 1) * period // counts[c]), c, j))
-        _, c, j = heapq.heappop(released)
-        choices[time] = c
-        if j + 1 < counts[c]:
-            heapq.heappush(waiting, ((j + 1) * period // counts[c], c, j + 1))
-    return choices
+    period, n_corpora = sum(counts), len(counts)
+    corpora = np.repeat(np.arange(n_corpora), counts)
+    shares = np.asarray(counts)[corpora]
+    items = np.concatenate([np.arange(count) for count in counts])
+    releases, deadlines = items * period // shares, -(-(items + 1) * period // shares)
+    by_release = np.argsort(releases, kind="stable")
+    ends = np.searchsorted(releases[by_release], np.arange(period), "right").tolist()
+    keys = (deadlines * n_corpora + corpora)[by_release].tolist()
+    heap: list[int] = []
+    chosen, done = [], 0
+    for end in ends:
+        for key in keys[done:end]:
+            heapq.heappush(heap, key)
+        done = end
+        chosen.append(heapq.heappop(heap))
+    return (np.array(chosen) % n_corpora).astype(np.uint16)
 
 
 @functools.lru_cache(8)

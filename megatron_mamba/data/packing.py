@@ -104,7 +104,7 @@ class PackedDataset:
         shifts = self._reader.starts_of(order[first:last]) - places[:-1]
         edges = np.clip(places, start, start + count)
         spans = zip((edges[:-1] + shifts).tolist(), (edges[1:] + shifts).tolist(), strict=True)
-        tokens = np.concatenate([self._reader.tokens[begin:end] for begin, end in spans], dtype=np.int64, casting="same_kind")
+        tokens = np.concatenate([self._reader.read(begin, end) for begin, end in spans], dtype=np.int64, casting="same_kind")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._vocab_size:
             raise DataError(

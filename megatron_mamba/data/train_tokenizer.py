@@ -61,7 +61,7 @@ def sample(shards: Iterator[Shard], max_bytes: int, progress: ByteProgress) -> l
     limit = 1 << 32
     for shard in shards:
         progress.advance(shard.size)
-        draw = mix32(shard.number)
+        draw = mix32(shard.number + 1)
         if draw < limit:
             kept.append((draw, shard.size if shard.lines is None else len(shard.lines), shard))
         while len(kept) > 1 and sum(size for _, size, _ in kept) > max_bytes:

@@ -75,7 +75,7 @@ def prefill(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
     padded = start.to(device) if bool(start.any()) else None
-    cache = model.new_cache(len(prompts), longest + room, dtype or model.embedding.weight.dtype, padded)
+    cache = model.new_cache(len(prompts), longest + room, dtype or model.embedding.local("weight").dtype, padded)
     for piece in tokens_BS.to(device).split(length, dim=1):
         logits = model(piece, cache=cache, last_only=True)
     return logits, cache
@@ -86,9 +86,10 @@ def _checked(prompts: Sequence[Sequence[int]], vocab_size: int, eos_id: int | No
         raise ValueError("prompts: the list is empty; give at least one prompt")
     if eos_id is None and not all(prompts):
         raise ValueError("prompts: one is empty and eos_id is None; give a prompt, or an eos_id to start from")
-    filled = [prompt or [eos_id] for prompt in prompts if eos_id is not None or prompt]
+    document_start = [] if eos_id is None else [eos_id]
+    filled = [prompt or document_start for prompt in prompts]
     for row, prompt in enumerate(filled):
-        wrong = [token for token in prompt if token is None or not 0 <= token < vocab_size]
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
             raise ValueError(f"prompts[{row}]: token {wrong[0]} is not in the model's vocabulary [0, {vocab_size}); "
                              "encode it with the tokenizer the model was trained with")  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve
+from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve, tokenizer_path
 from megatron_mamba.config import ConfigError, ParallelConfig, from_dict, require
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,8 +67,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _run(parse(arguments))
     except (ConfigError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
     return 0
 
 
@@ -106,7 +109,8 @@ def read_prompts(settings: Arguments) -> list[str]:
         try:
             lines = Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("prompts_file", settings.prompts_file, f"cannot be read ({error})", "Name a UTF-8 text file") from error
+            remedy = "Name a UTF-8 text file with one prompt a line"
+            raise ConfigError("prompts_file", settings.prompts_file, f"cannot be read ({error})", remedy) from error
         require(bool(lines), "prompts_file", settings.prompts_file, "is empty", "Write one prompt a line")
         return lines
     text = settings.prompt or ""
@@ -131,7 +135,7 @@ def _run(settings: Arguments) -> None:
     try:
         started = time.perf_counter()
         model, _ = load_model(folder, context, precision)
-        require(tokenizer.vocab_size <= model.config.vocab_size, "tokenizer", str(settings.tokenizer),
+        require(tokenizer.vocab_size <= model.config.vocab_size, "tokenizer", str(tokenizer.path),
                 f"has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
                 "Name the tokenizer the model was trained with")  # fmt: skip
         _say(f"{model.config.name} from {folder} in {precision} on {context.device}: {time.perf_counter() - started:.1f} s")
@@ -144,12 +148,11 @@ def _run(settings: Arguments) -> None:
 
 
 def _tokenizer_path(given: str | None, metadata: dict[str, Any], folder: Path) -> str:
-    if given is not None:
-        return given
-    saved, remedy = metadata.get("tokenizer"), "Give tokenizer=PATH, the one the model was trained with"
-    require(saved is not None, "tokenizer", None, f"the checkpoint {folder} does not name one", remedy)
-    require(Path(saved).exists(), "tokenizer", saved, f"named by the checkpoint {folder}, but not there any more", remedy)
-    return saved
+    found = given if given is not None else tokenizer_path(folder, metadata)
+    if found is None:
+        remedy = "Give tokenizer=PATH, the one the model was trained with"
+        raise ConfigError("tokenizer", None, f"the checkpoint {folder} does not name one", remedy)
+    return str(found)
 
 
 def _stream(model: LanguageModel, tokenizer: Tokenizer, prompt: str, settings: Arguments) -> None:

@@ -34,7 +34,8 @@ class Layer(nn.Module):
         self.mixer = MIXERS[kind](config, context, dtype)
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
-        decoding = info.length == 1 and state is not None
+        # A step cannot start a document: a single token after padding takes the chunked path.
+        decoding = info.length == 1 and state is not None and info.document_start is None
         run = self.mixer.step if decoding else self.mixer
         return x_TD + run(self.norm(x_TD), info, state)
 
@@ -126,7 +127,7 @@ class LanguageModel(nn.Module):
             positions = torch.arange(offset, offset + length, device=tokens.device)
             rope = rope_tables(positions, attention.rotary_dim, attention.rope_base)
         start = cache.start if cache else None
-        if start is not None and offset < int(start.max()):
+        if start is not None and offset <= int(start.max()):
             # Left padding must leave no trace: each row's first real token starts a document.
             first = torch.arange(offset, offset + length, device=tokens.device) == start[:, None]
             document_start = first if document_start is None else document_start | first

@@ -82,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
             counted = target_T >= 0
             loss += ((log_sum_exp - target_logit) * counted).sum() * scale
             if with_gradient:
-                grad_Tv = softmax_gradient(logits_Tv, target_T, log_sum_exp, counted * scale, start)
+                grad_Tv = softmax_gradient(logits_Tv, target_T, log_sum_exp, counted.to(wide) * scale, start)
                 torch.mm(grad_Tv, weight, out=ctx.hidden_grad[rows])
                 if ctx.weight_grad.dtype == grad_Tv.dtype:
                     ctx.weight_grad.addmm_(grad_Tv.T, h_TD)

@@ -68,7 +68,8 @@ def config_groups() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Train what the command line says; exit code 2 and one message on stderr if that cannot work."""
+    """Train what the command line says. Exit codes: 0 done, 2 input that cannot work, 1 training that cannot go on, the last
+    two with one message on stderr."""
     arguments, saved = _split_saved(sys.argv[1:])
     flags = [argument for argument in arguments if argument.startswith("-")]
     if _HYDRA_FLAGS.intersection(flags):
@@ -79,20 +80,26 @@ def main() -> None:
         require(not flags, "command line", " ".join(flags), "unknown flag", "Known: --config FILE, --cfg job, --info, --help")
         config = compose(arguments, saved)
     except ConfigError as error:
-        sys.exit(_report(error))
+        sys.exit(_report(error, 2))
 
+    # Only now, so that a mistake in the options is told at once and not after PyTorch has been loaded.
+    from megatron_mamba.checkpoint import CheckpointError
+    from megatron_mamba.data.indexed import DataError
     from megatron_mamba.train.loop import train
+    from megatron_mamba.train.resilience import TrainingError
 
     try:
         code = train(config)
-    except ConfigError as error:
-        code = _report(error)
+    except (ConfigError, DataError, CheckpointError) as error:
+        code = _report(error, 2)
+    except TrainingError as error:
+        code = _report(error, 1)
     sys.exit(code)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _split_saved(arguments: list[str]) -> tuple[list[str], str | None]:

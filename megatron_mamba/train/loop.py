@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_mamba.checkpoint.sharded import CheckpointManager, load, read_metadata, resolve
+from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
 from megatron_mamba.config import Config, ConfigError, require, to_dict
-from megatron_mamba.data import Batch, Loader, build_datasets
+from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
+from megatron_mamba.data.loader import Batch, Loader
 from megatron_mamba.model import build
 from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import count, parameter_table
@@ -32,15 +34,7 @@ from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import plot_run
-from megatron_mamba.train.progress import TrainingProgress
-from megatron_mamba.train.resilience import (
-    SkipCounter,
-    StopRequest,
-    TrainingError,
-    restore_rng_state,
-    rng_state,
-    seed_everything,
-)
+from megatron_mamba.train.resilience import SkipCounter, StopRequest, TrainingError, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +82,11 @@ class Trainer:
             async_save=config.checkpoint.async_save,
             on_damage=config.checkpoint.on_damage,
         )
+        self._tokenizer: str | None = None
+        if self.data.tokenizer is not None and self.is_main:
+            folder = Path(config.checkpoint_dir)
+            # Recorded relative to the checkpoints' folder, which may be moved.
+            self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
         self.step = self.consumed_samples = self.consumed_tokens = 0
         self.skips = SkipCounter(config.trainer.max_skipped_steps)
         self._start_or_resume()
@@ -96,51 +95,45 @@ class Trainer:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         self.metrics = MetricLogger(config, self.run_dir, self.is_main, consumed_samples=self.consumed_samples)
         self.timer = PhaseTimer(context.device)
-        flops = 3 * flops_per_token(config.model, config.data.seq_length)
-        self.throughput = Throughput(flops, context.world_size, context.device, config.logging.peak_tflops)
+        self.flops_per_token = 3 * flops_per_token(config.model, config.data.seq_length)
+        self.throughput = Throughput(
+            self.flops_per_token, context.world_size, context.device, config.logging.peak_tflops, self.consumed_tokens
+        )
 
     # ------------------------------------------------------------------------------------------------ the run
 
     def run(self) -> None:
         """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
-        config = self.config
-        loader = Loader(
-            self.data.train,
-            self._index_batches(self.consumed_samples),
-            document_reset=config.data.document_reset,
-            prefetch=config.data.prefetch,
-            device=self.context.device,
-        )
-        end = self._last_sample()
+        config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
-        with StopRequest(self.context) as stop, TrainingProgress(config, self.is_main, self.consumed_samples) as progress:
-            try:
-                while self.consumed_samples + self._batch_size() <= end:
-                    record = self._train_step(loader)
-                    due = self.step % config.logging.interval == 0 or not record["finite"]
-                    if due or self.step == 1:
-                        record |= self.throughput.lap(self.consumed_tokens) | self.timer.lap() | memory_gib(self.context.device)
-                        self.metrics.log(record, kind="train")
-                    progress.update(self.consumed_samples, record)
-                    if self.skips.exhausted:
-                        self._give_up(record)
-                    if config.eval.interval and self.step % config.eval.interval == 0:
-                        self._evaluate("valid", self.data.valid)
-                    if self.step % config.checkpoint.interval == 0:
-                        self._save()
-                    if stop.asked():
-                        self.metrics.log({"event": "stopped by signal", "step": self.step}, kind="event")
-                        log.warning("stopping at step %d on signal %s", self.step, stop.received)
-                        break
-            finally:
-                loader.close()
+        batches = self._loader(self.data.train, self._index_batches(self.consumed_samples))
+        with StopRequest(self.context) as stop, batches:
+            while self.consumed_samples + self._batch_size() <= end:
+                record = self._train_step(batches)
+                if self.step % config.logging.interval == 0 or self.skips.in_a_row or self.consumed_samples >= end:
+                    record |= self.throughput.lap(self.consumed_tokens) | self.timer.lap() | memory_gib(self.context.device)
+                    self.metrics.log(record, kind="train")
+                else:
+                    self.metrics.advance(record)
+                if self.skips.exhausted:
+                    self._give_up(record)
+                if config.eval.interval and self.step % config.eval.interval == 0:
+                    self._evaluate("valid", self.data.valid)
+                if self.step % config.checkpoint.interval == 0:
+                    self._save()
+                if stop.asked():
+                    name = signal.Signals(stop.received).name if stop.received else "a signal on another rank"
+                    message = f"stopping at step {self.step} on {name}; the same command continues from here"
+                    self.metrics.log({"message": message, "step": self.step}, kind="event")
+                    break
         self._save()
         self.manager.wait()
         if self.consumed_samples + self._batch_size() > config.train_samples:
-            self._evaluate("valid", self.data.valid)
+            if not config.eval.interval or self.step % config.eval.interval:
+                self._evaluate("valid", self.data.valid)
             self._evaluate("test", self.data.test)
         if self.is_main and self.step > 0:
-            plot_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png")
+            plot_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
 
     def _train_step(self, loader: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step over one global batch; returns what is worth logging."""
@@ -179,12 +172,10 @@ class Trainer:
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
             "loss": loss_value,
-            "perplexity": _perplexity(loss_value),
             "grad_norm": norm_value,
             "lr": lr,
             "global_batch_size": batch_size,
             "skipped_steps": self.skips.total,
-            "finite": finite,
         }
 
     def _loss(self, batch: Batch, scale: float) -> Tensor:
@@ -209,39 +200,43 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def _evaluate(self, name: str, dataset: Any) -> None:
+    def _evaluate(self, split: str, dataset: Dataset | None) -> None:
         """Log the mean loss over the first eval.samples sequences of a split, the same ones each time."""
         samples = min(self.config.eval.samples, dataset.samples_per_epoch if dataset is not None else 0)
         if samples == 0:
             return
-        self.model.eval()
+        assert dataset is not None
+        groups = self._evaluation_groups(samples)
+        micro = self.config.trainer.micro_batch_size
+        padded = [group + [0] * (micro - len(group)) for group in groups]
         totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        with self.timer.phase("evaluate"):
-            loader = self._evaluation_loader(dataset, samples)
-            for real, batch in loader:
-                batch.labels_BS[real:] = IGNORE
+        bar = self.metrics.progress(len(groups), split, "batches")
+        with self.throughput.paused(), self.timer.phase("evaluate"), self._loader(dataset, padded) as batches, bar:
+            for group, batch in zip(groups, batches, strict=True):
+                batch.labels_BS[len(group) :] = IGNORE
                 totals[0] += self._loss(batch, 1.0)
                 totals[1] += (batch.labels_BS >= 0).sum()
-        loss, tokens = self.context.sum_over_dp(totals).tolist()
-        self.model.train()
-        self.throughput.pause()
-        mean = loss / max(tokens, 1)
+                bar.update()
+            loss, tokens = self.context.sum_over_dp(totals).tolist()
         record = {"step": self.step, "consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
-        self.metrics.log(record | {"split": name, "loss": mean, "perplexity": _perplexity(mean), "tokens": tokens}, kind="valid")
+        self.metrics.log(record | {"loss": loss / max(tokens, 1), "tokens": int(tokens)}, kind=split)
 
-    def _evaluation_loader(self, dataset: Any, samples: int) -> Iterator[tuple[int, Batch]]:
-        """This rank's batches with their number of real rows: every rank gets equally many, padded with repeats."""
+    def _evaluation_groups(self, samples: int) -> list[list[int]]:
+        """This rank's sample numbers by micro-batch; every rank gets equally many, some of them short or empty."""
         micro, dp = self.config.trainer.micro_batch_size, self.context.dp_size
         mine = list(range(self.context.dp_rank, samples, dp))
-        count_batches = -(-samples // (micro * dp))
-        groups = [mine[i * micro : (i + 1) * micro] for i in range(count_batches)]
-        padded = [group + [0] * (micro - len(group)) for group in groups]
-        reset, prefetch = self.config.data.document_reset, self.config.data.prefetch
-        loader = Loader(dataset, padded, document_reset=reset, prefetch=prefetch, device=self.context.device)
-        try:
-            yield from zip([len(group) for group in groups], loader, strict=True)
-        finally:
-            loader.close()
+        return [mine[i * micro : (i + 1) * micro] for i in range(-(-samples // (micro * dp)))]
+
+    def _loader(self, dataset: Dataset, index_batches: Iterable[Sequence[int]]) -> Loader:
+        data = self.config.data
+        return Loader(
+            dataset,
+            index_batches,
+            document_reset=data.document_reset,
+            mask_document_ends=data.mask_document_ends,
+            prefetch=data.prefetch,
+            device=self.context.device,
+        )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -251,7 +246,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == 0 or self.step == self.saved_step:
             return
-        with self.timer.phase("checkpoint"):
+        with self.throughput.paused(), self.timer.phase("checkpoint"):
             metadata = {
                 "step": self.step,
                 "consumed_samples": self.consumed_samples,
@@ -259,7 +254,7 @@ class Trainer:
                 "skipped_steps": self.skips.total,
                 "skipped_in_a_row": self.skips.in_a_row,
                 "config": to_dict(self.config),
-                "tokenizer": self.data.tokenizer_path and str(self.data.tokenizer_path),
+                "tokenizer": self._tokenizer,
             }
             self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())
         self.saved_step = self.step
@@ -267,23 +262,25 @@ class Trainer:
     def _start_or_resume(self) -> None:
         """Continue from the latest checkpoint of the run, or take over weights from checkpoint.init_from."""
         self.saved_step: int | None = None
+        self.origin = f"initial weights of seed {self.config.run.seed}"
         latest = self.manager.latest()
         if latest is None:
             if self.config.checkpoint.init_from is not None:
                 source = resolve(self.config.checkpoint.init_from)
+                _check_same_model(self.config, read_metadata(source)["config"], source)
                 load(source, {"model": self._tensors()["model"]})
-                log.info("starting from the weights of %s", source)
+                self.origin = f"weights of {source}"
             return
         metadata = read_metadata(latest)
         _check_same_model(self.config, metadata["config"], latest)
         rank_state: dict[str, Any] = {}
-        load(latest, self._tensors(), rank_state=rank_state)
+        load(latest, self._tensors(), rank_state=rank_state, verified=True)
         if rank_state:
-            restore_rng_state(rank_state)
+            set_rng_state(rank_state)
         self.step = self.saved_step = metadata["step"]
         self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
         self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
-        log.info("resumed from %s at step %d (%d samples)", latest, self.step, self.consumed_samples)
+        self.origin = f"checkpoint {latest}"
 
     # ------------------------------------------------------------------------------------------------ counting
 
@@ -305,12 +302,15 @@ class Trainer:
             consumed += batch
 
     def _description(self) -> dict[str, Any]:
+        parameters = count(self.config.model)
+        where = f"{self.context.world_size} x {self.context.device.type}"
         return {
+            "message": f"{self.config.model.name}: {parameters:,} parameters on {where} from {self.origin}, step {self.step}",
             "event": "start" if self.step == 0 else "resume",
             "step": self.step,
             "consumed_samples": self.consumed_samples,
-            "parameters": count(self.config.model),
-            "flops_per_token": 3 * flops_per_token(self.config.model, self.config.data.seq_length),
+            "parameters": parameters,
+            "flops_per_token": self.flops_per_token,
             "world_size": self.context.world_size,
             "device": str(self.context.device),
             "torch": torch.__version__,
@@ -320,10 +320,6 @@ class Trainer:
         """Finish what is being written."""
         self.manager.close()
         self.metrics.close()
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
 
 
 def _check_batches(config: Config, context: ParallelContext) -> None:

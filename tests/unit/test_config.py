@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_mamba.config import Config, ConfigError, from_dict, to_dict
+from megatron_mamba.checkpoint import CheckpointError
+from megatron_mamba.config import Config, ConfigError, TrainerConfig, from_dict, to_dict
+from megatron_mamba.data.indexed import DataError
 from megatron_mamba.model.parameters import count
-from megatron_mamba.train.__main__ import CONFIG_DIR, compose, compose_tree, config_groups
+from megatron_mamba.train.__main__ import CONFIG_DIR, compose, compose_tree, config_groups, main
+from megatron_mamba.train.resilience import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["data=synthetic", "trainer.train_samples=1000"]
@@ -31,8 +36,9 @@ PARAMETERS = {
 }
 
 
-def model(name: str, *overrides: str):
-    return compose([f"model={name}", *RUN, *overrides]).model
+@lru_cache
+def model(name: str):
+    return compose([f"model={name}", *RUN]).model
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -56,15 +62,13 @@ def test_every_model_is_valid_and_named_after_its_file(name):
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS if g not in ("model", "data", "recipe") for o in GROUPS[g]])
 def test_every_option_is_valid(group, option):
     config = compose(["model=hybrid_tiny", *RUN, f"{group}={option}"])
-    if option != "default":
-        assert getattr(config, group) != getattr(compose(["model=hybrid_tiny", *RUN]), group)
+    default = Config(model=config.model, trainer=TrainerConfig(train_samples=1000))
+    assert (getattr(config, group) == getattr(default, group)) == (option == "default")
 
 
 def test_defaults_are_those_of_the_dataclasses():
-    tree = compose_tree(["model=hybrid_tiny"])
-    for field in dataclasses.fields(Config):
-        if field.name != "model":
-            assert from_dict(Config, tree).__getattribute__(field.name) == field.default_factory()
+    config = from_dict(Config, compose_tree(["model=hybrid_tiny"]))
+    assert config == Config(model=config.model)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -146,8 +150,8 @@ def test_settings_of_every_shape_can_be_overridden():
     config = compose(
         [
             "model=hybrid_tiny", "model.pattern=M-*|m-", "model.mamba.d_inner=64", "data.blend={/corpora/a-b_c.d:0.7,e:1}",
-            "data.split=[98,1,1]", "trainer.train_tokens=1000000", "trainer.global_batch_size=16", "optim.lr=2e-4", "optim.min_lr=0",
-            "trainer.batch_ramp.start=4", "trainer.batch_ramp.increment=2", "trainer.batch_ramp.samples=100",
+            "data.split=[98,1,1]", "trainer.train_tokens=1000000", "trainer.global_batch_size=16", "optim.lr=2e-4",
+            "optim.min_lr=0", "trainer.batch_ramp.start=4", "trainer.batch_ramp.increment=2", "trainer.batch_ramp.samples=100",
             "checkpoint.init_from='a=b'", "checkpoint.dir=${run.dir}/deep", "run.dir=runs/x",
         ]
     )  # fmt: skip
@@ -218,6 +222,31 @@ def test_hydras_flags_print_the_whole_configuration(tmp_path):
     assert "trainer.train_samples=N" in run("-m", "megatron_mamba.train", "--help", cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("parallel.dp_shard", 3, "4 ranks are running", "Set it to 4"), 2),
+        (DataError("corpus.bin is truncated"), 2),
+        (CheckpointError("step_10 is damaged"), 2),
+        (TrainingError("10 steps in a row were not finite"), 1),
+        (0, 0),
+    ],
+)
+def test_exit_code_and_message_of_training(monkeypatch, capsys, error, code):
+    def train(config):
+        assert config.model.name == "mamba_tiny"
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    monkeypatch.setattr("megatron_mamba.train.loop.train", train)
+    monkeypatch.setattr(sys, "argv", ["train", "model=mamba_tiny", *RUN])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == (f"error: {error}\n" if code else "")
+
+
 # -------------------------------------------------------------------------------------------------------- saved configs
 
 
@@ -285,14 +314,33 @@ def test_plan_counts_the_hybrid():
     assert result["parallel"]["tp"] == 4
 
 
-def test_plan_prints_a_table_and_refuses_what_cannot_be():
-    shown = run("tools/plan.py", "model=mamba_8b").stdout
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("plan").main
+
+
+def test_plan_prints_a_table_for_a_terminal_of_80_columns(plan, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert plan(["model=mamba_8b"]) == 0
+    shown = capsys.readouterr().out
     assert "108,064,768" in shown
     assert "8,148,783,104" in shown
-    for override, named in (("parallel.tp=0", "parallel.tp = 0"), ("model.pattern=MXM", "model.pattern = 'MXM'")):
-        done = run("tools/plan.py", "model=mamba2_8b", override)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {named}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("parallel.tp=0", "parallel.tp = 0"),
+        ("model.pattern=MXM", "model.pattern = 'MXM'"),
+        ("data.seq_length=0", "data.seq_length = 0"),
+    ],
+)
+def test_plan_refuses_what_cannot_be(plan, capsys, override, named):
+    assert plan(["model=mamba2_8b", override]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {named}: ")
 
 
 def test_config_folder_is_the_repositorys():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_mamba.config import AttentionConfig, Mamba2Config, MambaConfig, MLPConfig, ModelConfig, ParallelConfig
 from megatron_mamba.model import LanguageModel, build
+from megatron_mamba.model.lm import initialize
 from megatron_mamba.parallel import fsdp
 from megatron_mamba.parallel.context import ParallelContext
 
@@ -61,9 +62,26 @@ def one_process() -> Iterator[ParallelContext]:
             context.close()
 
 
-def random_model(config: ModelConfig, context: ParallelContext, *, seed: int = 0, precision: str = "fp64") -> LanguageModel:
-    """The model with weights under which every parameter matters: initial ones and zeros would hide mistakes."""
-    model = build(config, context, precision=precision)
+def exact_rope_tables(positions: torch.Tensor, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As mamba_kernels.rope_tables in float64: rounded to fp32, equal distances between positions differ at 1e-8."""
+    frequencies = base ** -(torch.arange(rotary_dim // 2, dtype=torch.float64) * 2 / rotary_dim)
+    angles = positions.double()[..., None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def random_model(
+    config: ModelConfig, context: ParallelContext, *, seed: int = 0, precision: str = "fp64", sharded: bool = True
+) -> LanguageModel:
+    """The model with weights under which every parameter matters: initial ones and zeros would hide mistakes.
+
+    Not `sharded`: without FSDP, whose hooks cost more than the layers of a tiny model.
+    """
+    model = build(config, context, precision=precision, device=None if sharded else "meta")
+    if not sharded:
+        model.to_empty(device="cpu").eval()
+        if config.tie_embeddings:
+            model.output.weight = model.embedding.weight
+        initialize(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter, row in model.table_parameters():
         local = fsdp.local(parameter.detach())

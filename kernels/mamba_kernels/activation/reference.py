@@ -32,7 +32,7 @@ class _SwiGLU(torch.autograd.Function):
         out, dtype = gate.new_empty(gate.shape), accumulate_dtype(gate.dtype)
         gate_TF, up_TF, out_TF = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, out))
         for rows in row_blocks(*gate_TF.shape):
-            out_TF[rows] = functional.silu(gate_TF[rows].to(dtype)).mul_(up_TF[rows])
+            torch.mul(functional.silu(gate_TF[rows].to(dtype)), up_TF[rows], out=out_TF[rows])
         return out
 
     @staticmethod
@@ -43,8 +43,8 @@ class _SwiGLU(torch.autograd.Function):
         gate_TF, up_TF, g_out_TF, g_gate_TF, g_up_TF = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, g_out, g_gate, g_up))
         for rows in row_blocks(*gate_TF.shape):
             gate_, g_out_ = gate_TF[rows].to(dtype), g_out_TF[rows].to(dtype)
-            g_gate_TF[rows] = silu_gradient(gate_).mul_(up_TF[rows]).mul_(g_out_)
-            g_up_TF[rows] = functional.silu(gate_).mul_(g_out_)
+            torch.mul(silu_gradient(g_out_, gate_), up_TF[rows], out=g_gate_TF[rows])
+            torch.mul(functional.silu(gate_), g_out_, out=g_up_TF[rows])
         return g_gate, g_up
 
 
@@ -55,7 +55,7 @@ class _SquaredReLU(torch.autograd.Function):
         out, dtype = x.new_empty(x.shape), accumulate_dtype(x.dtype)
         x_TF, out_TF = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
         for rows in row_blocks(*x_TF.shape):
-            out_TF[rows] = functional.relu(x_TF[rows].to(dtype)).square_()
+            torch.square(functional.relu(x_TF[rows].to(dtype)), out=out_TF[rows])
         return out
 
     @staticmethod
@@ -65,5 +65,5 @@ class _SquaredReLU(torch.autograd.Function):
         g_x, dtype = x.new_empty(x.shape), accumulate_dtype(x.dtype)
         x_TF, g_out_TF, g_x_TF = (t.reshape(-1, x.shape[-1]) for t in (x, g_out, g_x))
         for rows in row_blocks(*x_TF.shape):
-            g_x_TF[rows] = functional.relu(x_TF[rows].to(dtype)).mul_(2.0).mul_(g_out_TF[rows])
+            torch.mul(functional.relu(x_TF[rows].to(dtype)).mul_(2.0), g_out_TF[rows], out=g_x_TF[rows])
         return g_x

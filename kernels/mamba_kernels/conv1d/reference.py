@@ -57,6 +57,10 @@ def _window(x_SC: Tensor, before_WC: Tensor | None, tokens: slice, width: int, d
     return torch.cat([before_WC[first:].to(dtype), x_SC[: tokens.stop].to(dtype)])
 
 
+def _rows(i: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t[i] for t in tensors]
+
+
 def _masked(t_SC: Tensor, same_WS1: Tensor | None, tap: int, tokens: slice) -> Tensor:
     return t_SC if same_WS1 is None else t_SC * same_WS1[tap, tokens]
 
@@ -93,7 +97,7 @@ class _CausalConv1d(torch.autograd.Function):
         same, kept = _masks(document_start, width, dtype)
         y, final_state = x.new_empty(x.shape), x.new_empty(batch, width - 1, channels)
         for i in range(batch):
-            before, same_i = (None if t is None else t[i] for t in (initial_state, same))
+            before, same_i = _rows(i, initial_state, same)
             for tokens in row_blocks(length, channels):
                 window = _window(x[i], before, tokens, width, dtype)
                 out = _convolve(window, weight_WC, bias_C, same_i, tokens)
@@ -117,12 +121,12 @@ class _CausalConv1d(torch.autograd.Function):
         g_before = g_final.to(dtype) if kept is None else g_final * kept
         g_initial = torch.empty_like(g_before)
         for i in range(batch):
-            before, same_i, carry = (None if t is None else t[i] for t in (initial_state, same, g_before))
+            (before, same_i), carry = _rows(i, initial_state, same), g_before[i]
             for tokens in reversed(row_blocks(length, channels)):
                 window = _window(x[i], before, tokens, width, dtype)
                 g_out = g_y[i, tokens].to(dtype)
                 if ctx.silu:
-                    g_out = silu_gradient(_convolve(window, weight_WC, bias_C, same_i, tokens)).mul_(g_out)
+                    g_out = silu_gradient(g_out, _convolve(window, weight_WC, bias_C, same_i, tokens))
                 g_window = torch.zeros_like(window)
                 g_window[len(g_out) :] = carry
                 g_bias += g_out.sum(0)

@@ -35,7 +35,7 @@ class _GatedNorm(torch.autograd.Function):
         for rows in row_blocks(*y_TE.shape):
             silu_z = functional.silu(z_TE[rows].to(weight_E.dtype))
             normed, _ = _normalise(y_TE[rows], silu_z, group_size, eps)
-            out_TE[rows] = normed.flatten(1).mul_(weight_E)
+            torch.mul(normed.flatten(1), weight_E, out=out_TE[rows])
         return out
 
     @staticmethod
@@ -53,6 +53,6 @@ class _GatedNorm(torch.autograd.Function):
             g_normed = (g_out_ * weight_E).view_as(normed)
             projection = (g_normed * normed).mean(2, keepdim=True)
             g_gated = g_normed.sub_(normed.mul_(projection)).mul_(inverse_rms).flatten(1)
-            g_z_TE[rows] = silu_gradient(z_).mul_(y_).mul_(g_gated)
-            g_y_TE[rows] = g_gated.mul_(silu_z)
+            torch.mul(silu_gradient(g_gated, z_), y_, out=g_z_TE[rows])
+            torch.mul(g_gated, silu_z, out=g_y_TE[rows])
         return g_y, g_z, g_weight.to(weight.dtype), None, None

@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         for rows in row_blocks(*h_TD.shape):
             h_ = h_TD[rows].to(weight_D.dtype)
             torch.rsqrt(h_.square().mean(1, keepdim=True).add_(eps), out=inverse_rms[rows])
-            out_TD[rows] = (h_ * inverse_rms[rows]).mul_(weight_D)
+            torch.mul(h_ * inverse_rms[rows], weight_D, out=out_TD[rows])
         ctx.save_for_backward(h, weight, inverse_rms)
         return out
 
@@ -51,5 +51,5 @@ class _RMSNorm(torch.autograd.Function):
             g_weight += (g_out_ * normed).sum(0)
             g_normed = g_out_ * weight_D
             projection = (g_normed * normed).mean(1, keepdim=True)
-            g_h_TD[rows] = g_normed.sub_(normed.mul_(projection)).mul_(inverse_rms[rows])
+            torch.mul(g_normed.sub_(normed.mul_(projection)), inverse_rms[rows], out=g_h_TD[rows])
         return g_h, g_weight.to(weight.dtype), None, None

@@ -1,0 +1,79 @@
+"""The activations against their definitions in float64."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements
+
+import mamba_kernels.common as common
+from mamba_kernels import gelu, squared_relu, swiglu
+
+
+def gelu_oracle(x):
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def gelu_tanh_oracle(x):
+    return x * 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+OPS = {
+    "swiglu": (swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, ("gate", "up")),
+    "squared_relu": (squared_relu, lambda x: torch.where(x > 0.0, x * x, 0.0), ("x",)),
+    "gelu": (gelu, gelu_oracle, ("x",)),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), gelu_tanh_oracle, ("x",)),
+}
+each_op = pytest.mark.parametrize(("op", "oracle", "names"), OPS.values(), ids=OPS)
+
+
+def make_inputs(names, *shape, device="cpu", dtype=torch.float64):
+    return {name: 3.0 * randn(*shape, seed=i, device=device, dtype=dtype) for i, name in enumerate(names)}
+
+
+@each_op
+@pytest.mark.parametrize("shape", [(10,), (7, 10), (3, 5, 10)])
+def test_float64_outputs_and_gradients(op, oracle, names, shape, device, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 20)
+    inputs = make_inputs(names, *shape, device=device)
+    want = outputs_and_gradients(oracle, inputs)
+    for strides in (False, True):
+        assert_close(outputs_and_gradients(op, inputs, strides=strides), want, EXACT)
+
+
+@each_op
+def test_gradcheck(op, oracle, names, device):
+    assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in make_inputs(names, 3, 4, device=device).values()])
+
+
+@each_op
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_low_precision(op, oracle, names, dtype, tolerance, device):
+    """Error against float64 on the same rounded inputs: one rounding of the result."""
+    inputs = make_inputs(names, 50, 10, device=device, dtype=dtype)
+    got = outputs_and_gradients(op, inputs)
+    assert got["output 0"].dtype == dtype
+    assert_close(got, outputs_and_gradients(oracle, in_float64(inputs)), tolerance)
+
+
+@each_op
+def test_large_inputs_are_finite(op, oracle, names, device):
+    inputs = make_inputs(names, 4, 10, device=device, dtype=torch.float32)
+    inputs[names[0]][:2], inputs[names[0]][2:] = -1e4, 1e4
+    assert all(t.isfinite().all() for t in outputs_and_gradients(op, inputs).values())
+
+
+@each_op
+def test_keeps_only_inputs(op, oracle, names):
+    assert saved_elements(op, make_inputs(names, 20, 10)) == 0
+
+
+def test_rejects():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"swiglu: up has shape \(2, 4\), wanted \[..., F\] = \(\(2,\), 3\)"):
+        swiglu(x, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"squared_relu: x has dtype torch.int64, wanted a floating-point dtype"):
+        squared_relu(x.long())
+    with pytest.raises(ValueError, match=r"gelu: approximate is 'erf', wanted 'none' or 'tanh'"):
+        gelu(x, approximate="erf")

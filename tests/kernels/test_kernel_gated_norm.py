@@ -1,0 +1,81 @@
+"""`gated_norm` against its definition in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements
+
+import mamba_kernels.common as common
+from mamba_kernels import gated_norm
+
+CHANNELS = 24
+EPS = 1e-5
+
+
+def oracle(y, z, weight, *, group_size, eps):
+    """Gate before norm, and each group by itself."""
+    gated = y * z * torch.sigmoid(z)
+    groups = [group / (group.pow(2).mean(-1, keepdim=True) + eps).sqrt() for group in gated.split(group_size, -1)]
+    return weight * torch.cat(groups, -1)
+
+
+def make_inputs(*shape, device="cpu", dtype=torch.float64):
+    draw = partial(randn, device=device, dtype=dtype)
+    return {"y": draw(*shape, CHANNELS), "z": draw(*shape, CHANNELS, seed=1), "weight": draw(CHANNELS)}
+
+
+@pytest.mark.parametrize("group_size", [1, 6, CHANNELS])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
+def test_float64_outputs_and_gradients(shape, group_size, device, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 2 * CHANNELS)
+    inputs, options = make_inputs(*shape, device=device), {"group_size": group_size, "eps": EPS}
+    want = outputs_and_gradients(partial(oracle, **options), inputs)
+    for strides in (False, True):
+        got = outputs_and_gradients(partial(gated_norm, **options), inputs, strides=strides)
+        assert_close(got, want, EXACT)
+
+
+def test_gradcheck(device):
+    tensors = [t[..., :4].requires_grad_() for t in make_inputs(3, device=device).values()]
+    assert torch.autograd.gradcheck(partial(gated_norm, group_size=2, eps=EPS), tensors)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_low_precision(dtype, tolerance, device):
+    """The weight stays float32; error against float64 on the same rounded inputs."""
+    inputs, options = make_inputs(50, device=device, dtype=dtype), {"group_size": 6, "eps": EPS}
+    inputs["weight"] = inputs["weight"].float()
+    want = outputs_and_gradients(partial(oracle, **options), in_float64(inputs))
+    got = outputs_and_gradients(partial(gated_norm, **options), inputs)
+    assert got["output 0"].dtype == dtype
+    assert_close(got, want, tolerance)
+
+
+def test_extreme_values(device):
+    """Closed gates and zero groups: the size of eps is what keeps them finite."""
+    inputs = make_inputs(4, device=device, dtype=torch.float32)
+    inputs["z"][0], inputs["z"][1], inputs["y"][2] = -200.0, 200.0, 0.0
+    want = outputs_and_gradients(partial(oracle, group_size=6, eps=EPS), in_float64(inputs))
+    assert_close(outputs_and_gradients(partial(gated_norm, group_size=6, eps=EPS), inputs), want, 1e-6)
+
+
+def test_keeps_only_inputs():
+    assert saved_elements(partial(gated_norm, group_size=6, eps=EPS), make_inputs(50)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.zeros(2, 3, 5)}, r"gated_norm: z has shape \(2, 3, 5\), wanted \[..., E\] = \(\(2, 3\), 4\)"),
+        ({"z": torch.zeros(3, 4)}, r"gated_norm: z has shape \(3, 4\)"),
+        ({"weight": torch.zeros(5)}, r"gated_norm: weight has shape \(5,\), wanted \[E\] = \(4\)"),
+        ({"group_size": 3}, "gated_norm: group_size is 3, wanted a divisor of the 4 channels"),
+        ({"group_size": 0}, "gated_norm: group_size is 0"),
+    ],
+)
+def test_rejects(change, message):
+    arguments = {"y": torch.zeros(2, 3, 4), "z": torch.zeros(2, 3, 4), "weight": torch.zeros(4), "group_size": 2, "eps": EPS}
+    gated_norm(**arguments)
+    with pytest.raises(ValueError, match=message):
+        gated_norm(**arguments | change)

@@ -1,0 +1,200 @@
+"""`ssd` against the recurrence it stands for, one token at a time in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from op_testing import (
+    EXACT,
+    LENGTHS,
+    ONE_BF16_ROUNDING,
+    AllocationWatch,
+    assert_close,
+    document_starts,
+    in_float64,
+    outputs_and_gradients,
+    randn,
+    saved_elements,
+)
+
+from mamba_kernels import ssd
+
+BATCH, HEADS, HEAD_DIM, STATE = 3, 4, 5, 6
+CHUNK_SIZES = [1, 7, 16, 64, 300, None]
+
+
+def oracle(x, dt, A, B, C, D=None, dt_bias=None, initial_state=None, *, dt_softplus=False, document_start=None):
+    """y and the final state, token by token."""
+    batch, length, heads, head_dim = x.shape
+    B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = torch.logaddexp(dt, torch.zeros_like(dt)) if dt_softplus else dt
+    state = x.new_zeros(batch, heads, head_dim, B.shape[3]) if initial_state is None else initial_state
+    ys = []
+    for t in range(length):
+        if document_start is not None:
+            state = torch.where(document_start[:, t, None, None, None], 0.0, state)
+        decay = torch.exp(dt[:, t] * A)[:, :, None, None]
+        state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        y = torch.einsum("bhpn,bhn->bhp", state, C[:, t])
+        ys.append(y if D is None else y + D[:, None] * x[:, t])
+    return torch.stack(ys, 1), state
+
+
+def make_inputs(length, groups=2, device="cpu", dtype=torch.float64, initial=True):
+    """Step sizes and decays of a trained model: some heads forget in a few tokens, others hardly at all."""
+    draw = partial(randn, device=device, dtype=dtype)
+    inputs = {
+        "x": draw(BATCH, length, HEADS, HEAD_DIM),
+        "dt": draw(BATCH, length, HEADS),
+        "A": -draw(HEADS).exp() * torch.tensor([0.01, 0.3, 1.0, 16.0], device=device, dtype=dtype),
+        "B": draw(BATCH, length, groups, STATE, seed=1),
+        "C": draw(BATCH, length, groups, STATE, seed=2),
+        "D": draw(HEADS, seed=3),
+        "dt_bias": draw(HEADS, seed=4) - 1.0,
+    }
+    if initial:
+        inputs["initial_state"] = draw(BATCH, HEADS, HEAD_DIM, STATE)
+    return inputs
+
+
+def op(chunk_size=None, document_start=None):
+    return partial(ssd, dt_softplus=True, document_start=document_start, chunk_size=chunk_size, return_final_state=True)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_float64_outputs_and_gradients(length, initial, documents, device):
+    starts = document_starts(BATCH, length, device) if documents else None
+    inputs = make_inputs(length, device=device, initial=initial)
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), inputs)
+    for chunk_size in CHUNK_SIZES if length < 200 else CHUNK_SIZES[2:]:
+        assert_close(outputs_and_gradients(op(chunk_size, starts), inputs), want, EXACT)
+
+
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+def test_groups_and_strides(groups, device):
+    starts = document_starts(BATCH, 40, device)
+    inputs = make_inputs(40, groups, device)
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), inputs)
+    for strides in (False, True):
+        assert_close(outputs_and_gradients(op(16, starts), inputs, strides=strides), want, EXACT)
+
+
+def test_plain_dt_without_options(device):
+    inputs = make_inputs(33, device=device, initial=False)
+    inputs = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
+    inputs["dt"] = inputs["dt"].abs()
+    got = outputs_and_gradients(partial(ssd, chunk_size=8), inputs)
+    assert_close(got, outputs_and_gradients(lambda **t: oracle(**t)[0], inputs), EXACT)
+
+
+def test_growing_state(device):
+    """A > 0 is no model, but no silent error either."""
+    inputs = make_inputs(33, device=device)
+    inputs["A"] = -inputs["A"] / 20.0
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True), inputs)
+    assert_close(outputs_and_gradients(op(8), inputs), want, EXACT)
+
+
+def test_gradcheck(device):
+    shapes = {"x": (2, 5, 2, 2), "dt": (2, 5, 2), "A": (2,), "B": (2, 5, 1, 2), "C": (2, 5, 1, 2), "D": (2,), "dt_bias": (2,)}
+    tensors = [randn(*shape, seed=i, device=device) for i, shape in enumerate((*shapes.values(), (2, 2, 2, 2)))]
+    tensors[2] = -tensors[2].abs()
+    leaves = [t.requires_grad_() for t in tensors]
+    starts = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 1, 1]], dtype=torch.bool, device=device)
+    names = [*shapes, "initial_state"]
+    assert torch.autograd.gradcheck(lambda *t: op(2, starts)(**dict(zip(names, t, strict=True))), leaves)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_low_precision(dtype, tolerance, device):
+    """Parameters stay float32; error against float64 on the same rounded inputs."""
+    starts = document_starts(BATCH, 100, device)
+    inputs = make_inputs(100, device=device, dtype=dtype)
+    inputs |= {name: inputs[name].float() for name in ("A", "D", "dt_bias", "initial_state")}
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), in_float64(inputs))
+    for chunk_size in (16, None):
+        got = outputs_and_gradients(op(chunk_size, starts), inputs)
+        assert got["output 0"].dtype == dtype
+        assert got["output 1"].dtype == torch.float32
+        assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_decays(dtype, device):
+    """Heads that forget at once beside heads that never do; a sum of a chunk's decays is up to 30,000."""
+    starts = document_starts(BATCH, 100, device)
+    inputs = make_inputs(100, device=device, dtype=dtype)
+    inputs["A"] = torch.tensor([-16.0, -16.0, -1e-3, -16.0], device=device, dtype=dtype)
+    inputs["dt_bias"] = torch.tensor([30.0, -30.0, 30.0, 0.0], device=device, dtype=dtype)
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), in_float64(inputs))
+    for chunk_size in (16, 64):
+        got = outputs_and_gradients(op(chunk_size, starts), inputs)
+        assert_close(got, want, EXACT if dtype == torch.float64 else 3e-6)
+
+
+def test_short_memory_after_long_decay(device):
+    """A token that forgets everything must not blur the small decays after it: float32 cumulative sums would, by 1e-3."""
+    inputs = make_inputs(64, device=device, dtype=torch.float32, initial=False)
+    inputs = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
+    inputs["A"] = torch.full_like(inputs["A"], -1.0)
+    inputs["dt"] = torch.full_like(inputs["dt"], 0.01)
+    inputs["dt"][:, ::8] = 5000.0
+    inputs["x"][:, ::8] = 0.0
+    inputs["C"][:, ::8] = 0.0
+    want = outputs_and_gradients(lambda **t: oracle(**t)[0], in_float64(inputs))
+    got = outputs_and_gradients(partial(ssd, chunk_size=64), inputs)
+    assert_close(got, want, 1e-6)
+
+
+def test_continues_from_final_state(device):
+    """A sequence in two calls is the sequence in one."""
+    inputs, starts = make_inputs(50, device=device), document_starts(BATCH, 50, device)
+    sequences = ("x", "dt", "B", "C")
+    whole, whole_state = op(16, starts)(**inputs)
+    first, state = op(16, starts[:, :29])(**{n: t[:, :29] if n in sequences else t for n, t in inputs.items()})
+    rest = {n: t[:, 29:] if n in sequences else t for n, t in inputs.items()} | {"initial_state": state}
+    second, state = op(16, starts[:, 29:])(**rest)
+    assert_close({"y": torch.cat([first, second], 1), "state": state}, {"y": whole, "state": whole_state}, EXACT)
+
+
+def test_memory():
+    """Kept for the backward: inputs, dt and one state a chunk. Nothing of [S, Q] for all heads or [S, H, N] is made."""
+    length, heads, chunk = 1024, 8, 32
+    inputs = {
+        "x": randn(1, length, heads, 2), "dt": randn(1, length, heads).abs(), "A": -randn(heads).abs(),
+        "B": randn(1, length, 1, 8), "C": randn(1, length, 1, 8, seed=1),
+    }  # fmt: skip
+    with AllocationWatch() as watch:
+        outputs_and_gradients(partial(ssd, chunk_size=chunk), inputs)
+    assert watch.largest[torch.float64] < length * heads * 8
+    states = length // chunk * heads * 2 * 8
+    assert saved_elements(partial(ssd, chunk_size=chunk), inputs) <= states
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dt": torch.zeros(2, 4, 3)}, r"ssd: dt has shape \(2, 4, 3\), wanted \[B, S, H\] = \(2, 4, 6\)"),
+        ({"A": torch.zeros(6, 1)}, r"ssd: A has shape \(6, 1\), wanted \[H\] = \(6\)"),
+        ({"B": torch.zeros(2, 4, 4, 7), "C": torch.zeros(2, 4, 4, 7)}, "4 groups, wanted a divisor of the 6 heads"),
+        ({"C": torch.zeros(2, 4, 2, 8)}, r"ssd: C has shape .* wanted \[B, S, G, N\] = \(2, 4, 2, 7\)"),
+        ({"D": torch.zeros(6, dtype=torch.int64)}, "ssd: D has dtype torch.int64, wanted a floating-point dtype"),
+        ({"dt_bias": torch.zeros(5)}, r"ssd: dt_bias has shape \(5,\)"),
+        ({"initial_state": torch.zeros(2, 6, 7, 3)}, r"wanted \[B, H, P, N\] = \(2, 6, 3, 7\)"),
+        ({"document_start": torch.zeros(2, 4)}, "document_start has dtype torch.float32, wanted torch.bool"),
+        ({"document_start": torch.zeros(4, dtype=torch.bool)}, r"document_start has shape \(4,\), wanted \[B, S\] = \(2, 4\)"),
+        ({"x": torch.zeros(2, 4, 6, 3, device="meta")}, "ssd: dt is on cpu, wanted meta"),
+        ({"chunk_size": 0}, "ssd: chunk_size is 0, wanted a positive"),
+    ],
+)
+def test_rejects(change, message):
+    arguments = {
+        "x": torch.zeros(2, 4, 6, 3), "dt": torch.zeros(2, 4, 6), "A": torch.zeros(6),
+        "B": torch.zeros(2, 4, 2, 7), "C": torch.zeros(2, 4, 2, 7),
+    }  # fmt: skip
+    ssd(**arguments)
+    with pytest.raises(ValueError, match=message):
+        ssd(**arguments | change)
