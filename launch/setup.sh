@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the project in it, in editable form, with the extras of pyproject.toml that are named:
 #   ./launch/setup.sh [EXTRAS, default hf] && source .venv/bin/activate
-# A second run takes no time unless pyproject.toml changed. PYTHON=/path/to/python3 chooses the interpreter; an active
-# virtual environment is not used. On a GPU machine a CUDA build of PyTorch is installed, or the system's own is used if it
+# A second run takes no time unless pyproject.toml changed. PYTHON=/path/to/python3 chooses the interpreter of a new .venv;
+# an active virtual environment is not used. On a GPU machine a CUDA build of PyTorch is installed, or the system's own is used if it
 # is new enough; otherwise the CPU build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +13,7 @@ log=$venv/setup.log
 cpu_torch=2.13.0
 cpu_index=https://download.pytorch.org/whl/cpu
 step=0
+python=
 
 fail() {
   printf 'setup: %s\n' "$@" >&2
@@ -25,8 +26,11 @@ run() {
   shift
   step=$((step + 1))
   printf '[setup %d/3] %s ...' "$step" "$title"
+  set -m # a process group of its own, which an interrupt ends as a whole
   "$@" >>"$log" 2>&1 &
   pid=$!
+  set +m
+  trap 'kill -- "-$pid" 2>/dev/null; printf "\n"; fail "interrupted; run it again to go on"' INT TERM
   while [[ -t 1 ]] && kill -0 "$pid" 2>/dev/null; do
     printf '\r\033[K[setup %d/3] %s ... %d s \033[2m%s\033[0m' "$step" "$title" $((SECONDS - start)) \
       "$(tail -n 1 "$log" | tr -dc '[:print:]' | cut -c 1-50)"
@@ -38,6 +42,7 @@ run() {
     fail "'$title' failed; the whole output is in $log"
   fi
   [[ -t 1 ]] && printf '\r\033[K[setup %d/3] %s ...' "$step" "$title"
+  trap - INT TERM
   printf ' done (%d s)\n' $((SECONDS - start))
 }
 
@@ -49,7 +54,7 @@ find_python() {
       return
     fi
   done
-  fail "Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)" \
+  fail "Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo missing)" \
     "Install it (Debian, Ubuntu: apt-get install python3 python3-venv), or set PYTHON=/path/to/python3."
 }
 
@@ -65,7 +70,10 @@ PY
 
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@"; }
 
+reachable() { "$venv/bin/python" -c "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)" "$1" 2>/dev/null; }
+
 make_venv() {
+  [[ -x $venv/bin/python ]] && return # never over another interpreter's environment
   local options=()
   [[ $device == gpu ]] && has_torch "$python" gpu && options=(--system-site-packages)
   "$python" -m venv "${options[@]}" "$venv"
@@ -76,7 +84,7 @@ install_torch() {
     echo "torch is there already"
   elif [[ $device == gpu ]]; then
     pip_install "torch>=2.11" "triton>=3.4"
-  elif [[ $(uname -s) == Linux ]] && "$venv/bin/python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=5)"; then
+  elif [[ $(uname -s) == Linux ]] && reachable "$cpu_index/torch/"; then
     pip_install "torch==$cpu_torch" --index-url "$cpu_index"
   else
     pip_install "torch==$cpu_torch"
@@ -96,15 +104,17 @@ if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$key" ]]; then
   exit 0
 fi
 
-find_python
-"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module" \
-  "Install it (Debian, Ubuntu: apt-get install python3-venv), or set PYTHON=/path/to/another/python3."
 device=cpu
 command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && device=gpu
-"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || rm -rf "$venv"
+"$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+  find_python
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module" \
+    "Install it (Debian, Ubuntu: apt-get install python3-venv), or set PYTHON=/path/to/another/python3."
+  rm -rf "$venv"
+}
 mkdir -p "$venv"
 : >"$log"
-run "Python environment $venv ($("$python" --version))" make_venv
+run "Python environment $venv${python:+ ($("$python" --version))}" make_venv
 run "PyTorch for $device" install_torch
 run "megatron-mamba${extras:+ with $extras}" install_project
 printf '%s\n' "$key" >"$stamp"

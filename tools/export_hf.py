@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     path = None if args.no_tokenizer else args.tokenizer or tokenizer_path(checkpoint, metadata)
     cls = hf.export(
         config.model, checkpoint_tensors(checkpoint), args.output, dtype=dtype, max_shard_size=args.max_shard_size,
-        architecture=args.architecture, tokenizer=path, max_length=config.data.seq_length, training=metadata["config"],
+        architecture=args.architecture, tokenizer=path, max_length=config.data.seq_length, training=metadata,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{args.output}: {cls.architecture}, {size / 1e6:,.1f} MB, {args.dtype}, tokenizer {path or 'none'}")

@@ -1,6 +1,6 @@
 """Train a lossless SentencePiece BPE tokenizer.
 
-    python tools/train_tokenizer.py --input FILES_OR_DIRS --vocab-size N --output MODEL
+python tools/train_tokenizer.py --input FILES_OR_DIRS --vocab-size N --output MODEL
 """
 
 from __future__ import annotations

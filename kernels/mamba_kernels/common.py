@@ -14,6 +14,9 @@ SOFTPLUS_IS_IDENTITY_ABOVE = 40.0
 # operations, which for whole tensors takes several times longer than computing them.
 BLOCK_ELEMENTS = 1 << 17
 
+# Elsewhere a block costs kernel launches, so it is as large as its fp32 temporaries (256 MiB each) may be.
+DEVICE_BLOCK_ELEMENTS = 1 << 26
+
 Sizes = dict[str, Any]  # of dimension letters
 
 
@@ -22,9 +25,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices that cut [rows, columns] into blocks of about BLOCK_ELEMENTS."""
-    step = max(BLOCK_ELEMENTS // max(columns, 1), 1)
+def row_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Slices that cut [rows, columns] into blocks: of a cache's size on a CPU, few and large elsewhere."""
+    step = max((BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(columns, 1), 1)
     return [slice(begin, begin + step) for begin in range(0, rows, step)]
 
 

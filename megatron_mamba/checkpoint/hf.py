@@ -48,8 +48,8 @@ def export(
     `get` returns the global tensor of a parameter by its full name; each is asked for once (a tied embedding twice where
     the class cannot tie). `dtype` is float32 or bfloat16 (A_log, D, dt_bias and norm weights stay float32),
     `max_shard_size` is in bytes, `max_length` in tokens; `tokenizer` is a SentencePiece .model, a tokenizer.json, or a
-    folder of either; `training` is the run's configuration as plain data, for the model card. The folder appears under
-    its name only when complete.
+    folder of either; `training` is the checkpoint's metadata, for the model card. The folder appears under its name only
+    when complete.
 
     Raises :class:`HFExportError` for a model that no class (or not `architecture`) holds, a tokenizer that does not
     convert exactly or has more ids than the vocabulary, or an `output` that is not empty.
@@ -117,6 +117,8 @@ def _write_shards(
         held[spec.key] = tensor.clone()
         if sum(1 for i in shard_of.values() if i == index) == len(held):
             save_file(held, folder / names[index], metadata={"format": "pt"})
+            # Some versions of safetensors create files that only their owner can read.
+            (folder / names[index]).chmod(folder.joinpath("config.json").stat().st_mode)
             held = {}
     if shard:
         weight_map = {key: names[index] for key, index in shard_of.items()}

@@ -153,7 +153,8 @@ _KINDS = {"mamba2": "Mamba-2", "mamba": "Mamba (S6)", "attention": "attention", 
 def model_card(cls: HFClass, config: ModelConfig, training: Mapping[str, Any], shifted_norm: bool) -> str:
     """README.md of the exported folder: what the model is, how it was trained, and how to load it.
 
-    `training` is the run's configuration as plain data (may be empty); only what a reader of the weights needs is kept.
+    `training` is the checkpoint's metadata (empty, or at step 0: not trained here); only what a reader of the weights needs is
+    kept.
     """
     layers = [f"{config.layers.count(kind)} {name}" for kind, name in _KINDS.items() if kind in config.layers]
     rows = {
@@ -181,18 +182,18 @@ def _describe(part: Any) -> str:
 
 
 def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
+    if not training.get("step"):
+        return {}
     chosen = {
         "sequence length": ("data", "seq_length"),
         "global batch (sequences)": ("trainer", "global_batch_size"),
-        "samples": ("trainer", "train_samples"),
-        "tokens": ("trainer", "train_tokens"),
         "precision": ("trainer", "precision"),
         "peak learning rate": ("optim", "lr"),
         "weight decay": ("optim", "weight_decay"),
         "seed": ("run", "seed"),
     }
-    found = {name: training.get(group, {}).get(key) for name, (group, key) in chosen.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    progress = {"steps": f"{training['step']:,}", "tokens": f"{training['consumed_tokens']:,}"}
+    return progress | {name: training["config"][group][key] for name, (group, key) in chosen.items()}
 
 
 _CARD = """---

@@ -149,6 +149,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """Step of a checkpoint's folder, from its name."""
     return int(path.name.removeprefix("step_"))
 
 

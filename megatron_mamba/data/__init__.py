@@ -46,7 +46,9 @@ def build_datasets(config: Config) -> Datasets:
     built: list[Dataset | None] = []
     if data.kind == "synthetic":
         options = {"vocab_size": config.model.vocab_size, "seq_length": data.seq_length, "seed": data.seed}
-        built += [SyntheticDataset(split=split, **options) if share else None for split, share in zip(SPLITS, data.split, strict=True)]
+        built += [
+            SyntheticDataset(split=split, **options) if share else None for split, share in zip(SPLITS, data.split, strict=True)
+        ]
     else:
         weights = {str(data.path): 1.0} if data.blend is None else data.blend
         readers = {prefix: IndexedReader(prefix) for prefix in weights}

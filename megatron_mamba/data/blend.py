@@ -30,8 +30,13 @@ def blend_counts(weights: Mapping[str, float]) -> list[int]:
     for c in by_remainder[: period - sum(counts)]:
         counts[c] += 1
     for (prefix, weight), count in zip(weights.items(), counts, strict=True):
-        require(count > 0, f"data.blend[{prefix}]", weight, f"is less than a millionth of the weights' sum {float(total)}",
-                "Raise it or leave the corpus out")
+        require(
+            count > 0,
+            f"data.blend[{prefix}]",
+            weight,
+            f"is less than a millionth of the weights' sum {float(total)}",
+            "Raise it or leave the corpus out",
+        )
     divisor = math.gcd(*counts)
     return [count // divisor for count in counts]
 

@@ -76,8 +76,10 @@ class IndexedReader:
         self.prefix = str(prefix)
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
-                raise DataError(f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; "
-                                "tools/prepare_data.py writes them")
+                raise DataError(
+                    f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; "
+                    "tools/prepare_data.py writes them"
+                )
         self.dtype, n_sequences, n_borders = self._read_header()
         offset = _HEADER.size
         index = np.memmap(idx_path(prefix), mode="r")
@@ -89,13 +91,17 @@ class IndexedReader:
         n_bytes = int(self._pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if n_sequences else 0
         self.n_tokens = n_bytes // self.dtype.itemsize
         if self._borders[0] != 0 or self._borders[-1] != n_sequences or n_bytes < 0:
-            raise DataError(f"{idx_path(prefix)}: its document borders and sequence lengths contradict each other: "
-                            "the file is corrupt. Write the corpus again")
+            raise DataError(
+                f"{idx_path(prefix)}: its document borders and sequence lengths contradict each other: "
+                "the file is corrupt. Write the corpus again"
+            )
         found = bin_path(prefix).stat().st_size
         if found != n_bytes:
-            raise DataError(f"{bin_path(prefix)}: expected {n_bytes} bytes as {idx_path(prefix).name} says, found {found}: "
-                            f"the file is {'truncated' if found < n_bytes else 'longer than its index'}. "
-                            "Copy both files again, or write the corpus again")
+            raise DataError(
+                f"{bin_path(prefix)}: expected {n_bytes} bytes as {idx_path(prefix).name} says, found {found}: "
+                f"the file is {'truncated' if found < n_bytes else 'longer than its index'}. "
+                "Copy both files again, or write the corpus again"
+            )
         self.tokens: np.ndarray = np.memmap(bin_path(prefix), self.dtype, "r") if n_bytes else np.empty(0, self.dtype)
         """All tokens of the corpus in file order, memory-mapped: slices are zero-copy and may span documents."""
         self._file = open(bin_path(prefix), "rb")  # noqa: SIM115 (open as long as the reader lives)
@@ -106,20 +112,28 @@ class IndexedReader:
             header = file.read(_HEADER.size)
         size = path.stat().st_size
         if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
-            raise DataError(f"{path}: starts with {header[: len(MAGIC)]!r}, expected {MAGIC!r}: not an index of Megatron-LM's "
-                            "mmap format. Write the corpus with tools/prepare_data.py")
+            raise DataError(
+                f"{path}: starts with {header[: len(MAGIC)]!r}, expected {MAGIC!r}: not an index of Megatron-LM's "
+                "mmap format. Write the corpus with tools/prepare_data.py"
+            )
         if len(header) < _HEADER.size:
-            raise DataError(f"{path}: expected a header of {_HEADER.size} bytes, found {size} bytes: the file is truncated. "
-                            "Copy it again, or write the corpus again")
+            raise DataError(
+                f"{path}: expected a header of {_HEADER.size} bytes, found {size} bytes: the file is truncated. "
+                "Copy it again, or write the corpus again"
+            )
         _, version, code, n_sequences, n_borders = _HEADER.unpack(header)
         if version != VERSION or code not in DTYPES or n_borders < 1:
-            raise DataError(f"{path}: version {version}, dtype code {code}, {n_borders} document borders; expected version "
-                            f"{VERSION}, a code of 1 to 8 and at least one border. Write the corpus again")
+            raise DataError(
+                f"{path}: version {version}, dtype code {code}, {n_borders} document borders; expected version "
+                f"{VERSION}, a code of 1 to 8 and at least one border. Write the corpus again"
+            )
         expected = _HEADER.size + 12 * n_sequences + 8 * n_borders
         if size not in (expected, expected + n_sequences):
-            raise DataError(f"{path}: expected {expected} bytes for {n_sequences} sequences and {n_borders - 1} documents, "
-                            f"found {size}: the file is {'truncated' if size < expected else 'too long'}. "
-                            "Copy it again, or write the corpus again")
+            raise DataError(
+                f"{path}: expected {expected} bytes for {n_sequences} sequences and {n_borders - 1} documents, "
+                f"found {size}: the file is {'truncated' if size < expected else 'too long'}. "
+                "Copy it again, or write the corpus again"
+            )
         if DTYPES[code].kind not in "iu":
             raise DataError(f"{path}: holds values of type {DTYPES[code]}, which are not token ids. Give a corpus of text")
         return DTYPES[code], n_sequences, n_borders
@@ -158,8 +172,10 @@ class IndexedReader:
         ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
         sound = np.all(self.sequence_lengths >= 0) and np.array_equal(self._pointers[1:], ends[:-1])
         if not (sound and (not len(ends) or self._pointers[0] == 0) and np.all(np.diff(self._borders) >= 0)):
-            raise DataError(f"{idx_path(self.prefix)}: sequence starts are not the sums of the lengths before them, or document "
-                            "borders are out of order: the file is corrupt. Write the corpus again")
+            raise DataError(
+                f"{idx_path(self.prefix)}: sequence starts are not the sums of the lengths before them, or document "
+                "borders are out of order: the file is corrupt. Write the corpus again"
+            )
 
 
 class IndexedWriter:
@@ -185,8 +201,10 @@ class IndexedWriter:
         ids = np.asarray(tokens)
         lengths = np.asarray([len(ids)] if sequence_lengths is None else sequence_lengths, np.int64)
         if lengths.sum() != len(ids) or lengths.max(initial=0) >= 2**31:
-            raise DataError(f"{self.prefix}: a document of {len(ids)} tokens cannot be sequences of {lengths.tolist()[:8]} tokens. "
-                            "Each needs a length below 2^31 and their sum must be the document's")
+            raise DataError(
+                f"{self.prefix}: a document of {len(ids)} tokens cannot be sequences of {lengths.tolist()[:8]} tokens. "
+                "Each needs a length below 2^31 and their sum must be the document's"
+            )
         if len(ids):
             limits, low, high = np.iinfo(self.dtype), int(ids.min()), int(ids.max())
             if low < limits.min or high > limits.max:
@@ -195,14 +213,13 @@ class IndexedWriter:
         self._bin.write(ids.astype(self.dtype).tobytes())
         self._extend(lengths.astype("<i4"), np.array([len(lengths)], np.int64), len(ids))
 
-    def add_corpus(self, prefix: str | Path, max_token_id: int) -> None:
-        """Append all documents of another corpus of the same dtype, whose largest id is `max_token_id`."""
+    def add_corpus(self, prefix: str | Path) -> None:
+        """Append all documents of another corpus of the same dtype (`max_token_id` does not take note of them)."""
         other = IndexedReader(prefix)
         if other.dtype != self.dtype:
             raise DataError(f"{bin_path(prefix)}: tokens are {other.dtype}, expected {self.dtype}. Write both with one dtype")
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._bin, 1 << 20)
-        self.max_token_id = max(self.max_token_id, max_token_id)
         self._extend(np.array(other.sequence_lengths), np.array(other._borders[1:]), other.n_tokens)
 
     def _extend(self, lengths: np.ndarray, borders: np.ndarray, n_tokens: int) -> None:
@@ -275,8 +292,10 @@ class Metadata:
             data = json.loads(path.read_bytes())
             wrong = [f.name for f in dataclasses.fields(cls) if not isinstance(data[f.name], types[str(f.type)])]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not a record written by tools/prepare_data.py ({error!r}). Move it away to use the "
-                            "corpus without it, or write the corpus again") from error
+            raise DataError(
+                f"{path}: not a record written by tools/prepare_data.py ({error!r}). Move it away to use the "
+                "corpus without it, or write the corpus again"
+            ) from error
         if wrong:
             raise DataError(f"{path}: {', '.join(wrong)} has the wrong type. Move the file away to use the corpus without it")
         return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})

@@ -20,11 +20,11 @@ IGNORED = -100
 class Batch:
     """One micro-batch."""
 
-    inputs_BS: torch.Tensor
+    inputs_BS: torch.Tensor  # noqa: N815
     """int64"""
-    labels_BS: torch.Tensor
+    labels_BS: torch.Tensor  # noqa: N815
     """int64: the token after each input, or IGNORED."""
-    document_start_BS: torch.Tensor | None
+    document_start_BS: torch.Tensor | None  # noqa: N815
     """bool: where conv, state and attention begin anew; None: nowhere but at the beginning of each sequence."""
 
     def to(self, device: torch.device | str) -> Batch:
@@ -57,11 +57,15 @@ class Loader(Iterator[Batch]):
         mask_document_ends: bool = False, prefetch: int = 2, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
         self._closed = threading.Event()
 
         def read() -> None:
             try:
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a new thread starts on device 0, where pinning would open a context
                 for numbers in index_batches:
                     batch = collate(dataset, numbers, document_reset=document_reset, mask_document_ends=mask_document_ends)
                     if not self._put(_pinned(batch) if self._device.type == "cuda" else batch):

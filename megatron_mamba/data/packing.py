@@ -109,7 +109,7 @@ class PackedDataset:
         if low < 0 or high >= self._vocab_size:
             raise DataError(
                 f"{bin_path(self._reader.prefix)}: holds token id {low if low < 0 else high}, but model.vocab_size = "
-                f"{self._vocab_size}. Set model.vocab_size to the size of the corpus' tokenizer (above {high}), or use another corpus"
+                f"{self._vocab_size}. Set model.vocab_size to the corpus' tokenizer's (above {high}), or use another corpus"
             )
         document_start = np.zeros(count, bool)
         document_start[0] = True
@@ -151,5 +151,7 @@ class PackedDataset:
             with atomic_write(path) as file:
                 np.save(file, table)
         except OSError as error:
-            raise DataError(f"{path}: the sample index cannot be written ({error}). "
-                            "Set data.cache_dir to a folder with room that every process can write to") from error
+            raise DataError(
+                f"{path}: the sample index cannot be written ({error}). "
+                "Set data.cache_dir to a folder with room that every process can write to"
+            ) from error

@@ -63,12 +63,12 @@ def prepare(
             return finished
         tokenise = functools.partial(tokenise_shard, folder=folder, tokenizer=loaded.path, json_key=json_key, skip_bad=skip_bad)
         shards = iterate_shards(files, min(max(total // 64, _SMALLEST_SHARD), _LARGEST_SHARD))
-        results: dict[int, ShardResult] = {}
+        results: list[ShardResult] = []
         with ByteProgress("Tokenising", total) as progress:
             for shard, result, resumed in _run(shards, tokenise, folder, workers):
-                results[shard.number] = result
+                results.append(result)
                 progress.advance(shard.size, result.documents, resumed=resumed)
-        metadata = _join(output, folder, [results[number] for number in sorted(results)], loaded, settings)
+        metadata = _join(output, folder, results, loaded, settings)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -103,8 +103,10 @@ def _claim(output: Path, folder: Path, settings: str, overwrite: bool) -> Metada
     stamp = folder / "settings"
     if stamp.exists() and stamp.read_text() != settings:
         if not overwrite:
-            raise DataError(f"{folder}: holds unfinished work from other inputs or options. Repeat that command, or start afresh "
-                            "with --overwrite")
+            raise DataError(
+                f"{folder}: holds unfinished work from other inputs or options. Repeat that command, or start afresh "
+                "with --overwrite"
+            )
         shutil.rmtree(folder)
     if not stamp.exists():
         there = [path for path in (idx_path(output), bin_path(output), Metadata.path(output)) if path.exists()]
@@ -112,8 +114,9 @@ def _claim(output: Path, folder: Path, settings: str, overwrite: bool) -> Metada
         if record is not None and record.settings == settings and len(there) == 3:
             return record
         if there and not overwrite:
-            raise DataError(f"{there[0]}: exists already, from other inputs or options. Choose another --output, or replace it "
-                            "with --overwrite")
+            raise DataError(
+                f"{there[0]}: exists already, from other inputs or options. Choose another --output, or replace it with --overwrite"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(stamp) as file:
             file.write(settings.encode())
@@ -154,8 +157,10 @@ def _run(
         while pending:
             yield from collect()
     except BrokenProcessPool as error:
-        raise DataError(f"{folder}: a tokenising process died, perhaps for want of memory. Repeat the command with fewer "
-                        "--workers: finished work is kept") from error
+        raise DataError(
+            f"{folder}: a tokenising process died, perhaps for want of memory. Repeat the command with fewer "
+            "--workers: finished work is kept"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -176,13 +181,14 @@ def _join(output: Path, folder: Path, results: Sequence[ShardResult], tokenizer:
     if not sum(result.documents for result in results):
         raise DataError(f"{output}: the input holds no document with text. Check --input, --glob and --json-key")
     with IndexedWriter(output, token_dtype(tokenizer.vocab_size)) as writer:
-        for number, result in enumerate(results):
-            writer.add_corpus(folder / f"{number:08d}", result.max_token_id)
+        for number in range(len(results)):
+            writer.add_corpus(folder / f"{number:08d}")
         Metadata.path(output).unlink(missing_ok=True)
     copy = save_tokenizer(tokenizer.path, f"{output}.tokenizer")
     metadata = Metadata(
         tokenizer=str(copy.relative_to(output.parent)), tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.eod_id, tokens=writer.n_tokens, documents=writer.n_documents, max_token_id=writer.max_token_id,
+        end_of_document=tokenizer.eod_id, tokens=writer.n_tokens, documents=writer.n_documents,
+        max_token_id=max(result.max_token_id for result in results),
         skipped=sum(result.skipped for result in results), settings=settings,
     )  # fmt: skip
     metadata.write(output)

@@ -17,7 +17,7 @@ TEXT_GLOBS = (
 )  # fmt: skip
 """What is taken from a folder unless the user says otherwise."""
 _UNREADABLE = {".gz", ".xz", ".bz2", ".zip", ".zst", ".tar", ".parquet", ".arrow"}
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ def _decompress(file: Path) -> Iterator[tuple[bytes, int]]:
                     raise DataError(f"{file}: damaged near byte {source.tell()} ({error}). Fetch it again") from error
                 block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
-        raise DataError(f"{file}: {file.stat().st_size} bytes that end in the middle of a zstd frame: the file is truncated. "
-                        "Fetch it again")
+        raise DataError(
+            f"{file}: {file.stat().st_size} bytes that end in the middle of a zstd frame: the file is truncated. Fetch it again"
+        )
 
 
 def read_documents(shard: Shard, json_key: str = "text", skip_bad: bool = False) -> Iterator[str | None]:

@@ -50,8 +50,10 @@ class _TokenizerFile:
     @property
     def eod_id(self) -> int:
         if self.eos_id is None:
-            raise DataError(f"{self.path}: has no end-of-sequence token to end documents with. Use a tokenizer with one "
-                            "(SentencePiece: eos_id; Hugging Face: eos_token in tokenizer_config.json)")
+            raise DataError(
+                f"{self.path}: has no end-of-sequence token to end documents with. Use a tokenizer with one "
+                "(SentencePiece: eos_id; Hugging Face: eos_token in tokenizer_config.json)"
+            )
         return self.eos_id
 
 
@@ -68,8 +70,9 @@ class SentencePieceTokenizer(_TokenizerFile):
         try:
             self._processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise DataError(f"{path}: not a SentencePiece model, or damaged ({error}). Copy it again or train one with "
-                            "tools/train_tokenizer.py") from error
+            raise DataError(
+                f"{path}: not a SentencePiece model, or damaged ({error}). Copy it again or train one with tools/train_tokenizer.py"
+            ) from error
         self.vocab_size = self._processor.vocab_size()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id, self.eos_id = (bos if bos >= 0 else None), (eos if eos >= 0 else None)

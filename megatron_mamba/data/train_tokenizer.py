@@ -46,8 +46,10 @@ def train_tokenizer(
             )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip() or str(error)
-        raise DataError(f"{output}: a vocabulary of {vocab_size} pieces cannot be trained on this text: {reason} "
-                        "Change --vocab-size, or give more text") from error
+        raise DataError(
+            f"{output}: a vocabulary of {vocab_size} pieces cannot be trained on this text: {reason} "
+            "Change --vocab-size, or give more text"
+        ) from error
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:

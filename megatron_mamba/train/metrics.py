@@ -145,6 +145,7 @@ class MetricLogger:
         self._seq_length, self._main = config.data.seq_length, is_main
         self._sinks: dict[str, Sink] = {}
         self._failures: list[str] = []
+        self._latest: dict[str, Any] = {}
         if is_main:
             run_dir = Path(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,11 @@ class MetricLogger:
         if "loss" in plain:
             plain.setdefault("perplexity", math.exp(min(plain["loss"], 700.0)))
         self._jsonl.write(plain, kind)
-        write_console(self._bar, plain, kind)
+        if kind == "train":
+            self.advance(plain)
+            self._bar.report()
+        else:
+            self._bar.message(message_of(plain, kind))
         for name, sink in list(self._sinks.items()):
             with self._guard(name):
                 sink.write(plain, kind)
@@ -182,7 +187,8 @@ class MetricLogger:
 
     def advance(self, record: Mapping[str, Any]) -> None:
         """Show a training record on the live bar only: for every step, where :meth:`log` is for every logging.interval."""
-        self._bar.update(record["consumed_samples"] - self._bar.completed, **describe(record))
+        self._latest |= record
+        self._bar.update(record["consumed_samples"] - self._bar.completed, **describe(self._latest))
 
     def progress(self, total: int, description: str, unit: str = "") -> Progress:
         """Progress of a step inside the run (validation, say), drawn below the run's own bar."""
@@ -237,17 +243,6 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
-
-
-def write_console(bar: Progress, record: Mapping[str, Any], kind: str) -> None:
-    """Move the run's bar to a training record; print whatever is no training step as a line."""
-    if kind == "train":
-        bar.update(record["consumed_samples"] - bar.completed, **describe(record))
-        bar.report()
-    elif kind == "event":
-        bar.message(str(record.get("message") or " · ".join(f"{name} {value}" for name, value in record.items())))
-    else:
-        bar.message(" · ".join([kind, *(f"{name} {value}" for name, value in describe(record).items())]))
 
 
 class TensorBoardSink:
@@ -311,10 +306,18 @@ def describe(record: Mapping[str, Any]) -> dict[str, str]:
         "tflops_per_device": ("TFLOP/s", "{:.3g}".format),
         "mfu": ("MFU", "{:.1%}".format),
         "perplexity": ("ppl", "{:.4g}".format),
-        "memory_gib": ("GiB", "{:.3g}".format),
+        "memory_gib": ("memory", "{:.3g} GiB".format),
         "skipped_steps": ("skipped", str),
     }
-    return {short: form(record[name]) for name, (short, form) in shown.items() if name in record}
+    present = (name for name in shown if name in record and (record[name] or name != "skipped_steps"))
+    return {shown[name][0]: shown[name][1](record[name]) for name in present}
+
+
+def message_of(record: Mapping[str, Any], kind: str) -> str:
+    """The line that stands for an event (its ``message``, or all it says) or an evaluation on the console."""
+    if kind == "event":
+        return str(record.get("message") or " · ".join(f"{name} {value}" for name, value in record.items()))
+    return " · ".join([kind, *(f"{name} {value}" for name, value in describe(record).items())])
 
 
 def _drop_records_after(path: Path, consumed_samples: int) -> int:

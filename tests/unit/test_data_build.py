@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(vocab_size: int = 300, **data) -> Config:  # noqa: ANN003
+def config(vocab_size: int = 300, **data) -> Config:
     options = {"seq_length": 32, "split": (8.0, 1.0, 1.0)} | data
     model = ModelConfig(name="t", pattern="M", hidden_size=8, vocab_size=vocab_size)
     return Config(model=model, data=DataConfig(**options), trainer=TrainerConfig(train_samples=1)).validate()
@@ -44,7 +44,9 @@ def test_corpus_brings_its_tokenizer(folder: Path) -> None:
     assert record is not None
     assert data.tokenizer_sha256 == record.tokenizer_sha256
     seen = [
-        {int(t) for i in range(d.samples_per_epoch) for t in d[i].tokens} for d in (data.train, data.valid, data.test) if d is not None
+        {int(t) for i in range(d.samples_per_epoch) for t in d[i].tokens}
+        for d in (data.train, data.valid, data.test)
+        if d is not None
     ]
     assert len(seen) == 3
     assert data.train[0].tokens.shape == (33,)
@@ -66,7 +68,9 @@ def test_split_without_share_is_none_and_one_without_text_an_error(folder: Path)
 
 def test_other_tokenizer_than_the_corpus_is_refused(folder: Path) -> None:
     one, two = (record.tokenizer_sha256 for record in map(Metadata.read, (folder / "a", folder / "c")) if record is not None)
-    with pytest.raises(DataError, match=f"a: was tokenised with a tokenizer of sha256 {one} .*data.tokenizer = .*two.model has sha256 {two}"):
+    with pytest.raises(
+        DataError, match=f"a: was tokenised with a tokenizer of sha256 {one} .*data.tokenizer = .*two.model has sha256 {two}"
+    ):
         build_datasets(config(path=str(folder / "a"), tokenizer=str(folder / "two.model")))
     with pytest.raises(DataError, match=f"c: .*{two}.*the tokenizer of .*a has sha256 {one}"):
         build_datasets(config(400, blend={str(folder / "a"): 1.0, str(folder / "c"): 1.0}))

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from megatron_mamba.data import prepare as module
+from megatron_mamba.data import sources
 from megatron_mamba.data.indexed import DataError, IndexedReader, Metadata, bin_path, idx_path
 from megatron_mamba.data.prepare import prepare
 from megatron_mamba.data.tokenizer import load_tokenizer
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SMALLEST_SHARD", 700)
+    monkeypatch.setattr(sources, "_READ_BYTES", 50)
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -95,11 +97,13 @@ def test_three_processes_write_the_same_bytes(source: Path, reference: Path, tmp
     assert files_of(tmp_path / "c") == files_of(reference)
 
 
-def test_killed_command_goes_on_where_it_was(source: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_command_goes_on_where_it_was(
+    source: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = """
 import sys, time
 from megatron_mamba.data import prepare, tokenizer
-prepare._SMALLEST_SHARD = 700
+prepare._SMALLEST_SHARD, prepare.iterate_shards.__globals__["_READ_BYTES"] = 700, 50
 encode = tokenizer.SentencePieceTokenizer.encode
 tokenizer.SentencePieceTokenizer.encode = lambda self, text: time.sleep(0.05) or encode(self, text)
 prepare.prepare(sys.argv[1:-2], sys.argv[-2], sys.argv[-1])
@@ -120,7 +124,7 @@ prepare.prepare(sys.argv[1:-2], sys.argv[-2], sys.argv[-1])
     again: list[int] = []
     tokenise = module.tokenise_shard
 
-    def counted(shard, **options):  # noqa: ANN001, ANN003, ANN202
+    def counted(shard, **options):
         again.append(shard.number)
         return tokenise(shard, **options)
 
@@ -158,8 +162,9 @@ def test_bad_line_is_named_or_skipped(source: Path, tmp_path: Path, bad: str, pa
     lines[97] = BAD[bad]
     lines.insert(20, b"")
     content = b"\n".join(lines) + b"\n"
+    frames = [zstandard.compress(content[start : start + 800]) for start in range(0, len(content), 800)]
     path = tmp_path / ("a.jsonl.zst" if packed else "a.jsonl")
-    path.write_bytes(zstandard.compress(content) if packed else content)
+    path.write_bytes(b"".join(frames) if packed else content)
     with pytest.raises(DataError, match=rf"{path.name}, line 99: .*--skip-bad"):
         prepare([path], source / "tok.model", tmp_path / "c")
     record = prepare([path], source / "tok.model", tmp_path / "d", skip_bad=True)
@@ -190,7 +195,7 @@ def test_bad_input_is_named(source: Path, tmp_path: Path) -> None:
 def test_full_disk_is_said_and_finished_work_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenise = module.tokenise_shard
 
-    def fail(shard, **options):  # noqa: ANN001, ANN003, ANN202
+    def fail(shard, **options):
         if shard.number == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return tokenise(shard, **options)

@@ -11,14 +11,16 @@ import pytest
 import sentencepiece
 
 from megatron_mamba.data.indexed import DataError
+from megatron_mamba.data.permutation import mix32
 from megatron_mamba.data.progress import ByteProgress
 from megatron_mamba.data.sources import iterate_shards
 from megatron_mamba.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_sha256
 from megatron_mamba.data.train_tokenizer import sample, train_tokenizer
 
 NASTY = [
-    "", " ", "  two  spaces  ", "\n", "\n\n\t\t x\n", "\r\n\r", "a\0b", "é漢字🙂👨\u200d👩\u200d👧", "</s> <s> <unk> <0x41>", "\u2028\u3000\u00a0\u200b",
-    "ｶﾞ\x7f\x01", "x" * 999, "\ufeffabc\ufffd", "e\u0301 \u00e9", "\tdef f(x):\n\t\treturn    x\n", "🏴" * 3 + "\U0010ffff\ue000",
+    "", " ", "  two  spaces  ", "\n", "\n\n\t\t x\n", "\r\n\r", "a\0b", "é漢字🙂👨\u200d👩\u200d👧", "</s> <s> <unk> <0x41>",
+    "\u2028\u3000\u00a0\u200b", "ｶﾞ\x7f\x01", "x" * 999, "\ufeffabc\ufffd",
+    "e\u0301 \u00e9", "\tdef f(x):\n\t\treturn    x\n", "🏴" * 3 + "\U0010ffff\ue000",
 ]  # fmt: skip
 
 
@@ -77,7 +79,8 @@ def test_sample_is_even_and_bounded(tmp_path: Path) -> None:
         assert 50_000 < sum(shard.size for shard in kept) <= 100_000
         numbers = [shard.number for shard in kept]
         assert numbers == sorted(numbers)
-        assert all(50 // 3 < sum(lo <= n < lo + 250 for n in numbers) for lo in (0, 250))
+        draws = sorted(range(500), key=lambda number: mix32(number + 1))
+        assert sorted(draws[: len(kept)]) == numbers  # those with the smallest hashes: no part of the input is preferred
         assert len(sample(iterate_shards([path], 1000), 10, progress)) == 1
         assert len(sample(iterate_shards([path], 1000), 10**9, progress)) == 500
 
@@ -90,11 +93,11 @@ def test_files_are_found_told_apart_and_copied(model: Path, tmp_path: Path) -> N
     assert load_tokenizer(tmp_path / "checkpoint").sha256 == tokenizer_sha256(copy) == digest
     (tmp_path / "broken.model").write_bytes(model.read_bytes()[:-3])
     (tmp_path / "broken.json").write_text("{}")
-    for path, words in (
-        (tmp_path / "none", "no tokenizer there"), (tmp_path, "no tokenizer there"), (tmp_path / "broken.model", "not a SentencePiece"),
-    ):  # fmt: skip
-        with pytest.raises(DataError, match=f"{path.name}: {words}"):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match=f"{path.name}: no tokenizer there"):
             load_tokenizer(path)
+    with pytest.raises(DataError, match=r"broken\.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path / "broken.model")
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"broken\.json: not a Hugging Face tokenizer"):
         load_tokenizer(tmp_path / "broken.json")
@@ -102,8 +105,8 @@ def test_files_are_found_told_apart_and_copied(model: Path, tmp_path: Path) -> N
 
 def test_model_without_end_token_is_refused_for_corpora(model: Path, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(model.with_name("text.txt").read_text().split("\n")), model_prefix=str(tmp_path / "t"), vocab_size=60,
-        model_type="bpe", eos_id=-1, bos_id=-1, minloglevel=2,
+        sentence_iterator=iter(model.with_name("text.txt").read_text().split("\n")), model_prefix=str(tmp_path / "t"),
+        vocab_size=60, model_type="bpe", eos_id=-1, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     tokenizer = load_tokenizer(tmp_path / "t.model")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
@@ -117,7 +120,10 @@ def test_hugging_face_tokenizer_is_lossless(tmp_path: Path) -> None:
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train([str(write_text(tmp_path / "text.txt"))], trainer)
     raw.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

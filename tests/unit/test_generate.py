@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, one_process, random_model, random_tokens, tiny
 from torch.distributed.tensor import DTensor
 
 from megatron_mamba.checkpoint import CheckpointError, CheckpointManager
@@ -24,6 +23,7 @@ from megatron_mamba.generate.loading import load_model
 from megatron_mamba.generate.sampling import candidates
 from megatron_mamba.model import LanguageModel, lm
 from megatron_mamba.parallel.context import ParallelContext
+from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, one_process, random_model, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = GenerationSettings(temperature=0.0, max_new_tokens=8)
@@ -380,3 +380,11 @@ def test_streamed_text_is_the_decoded_text() -> None:
     assert "\ufffd" not in "".join(pieces)
     assert [stream.add(byte) for byte in "😀".encode()[:2]] == ["", ""]
     assert stream.rest() == "\ufffd"
+
+
+def test_streamed_text_keeps_spaces() -> None:
+    """Many tokenizers drop the space before the first word they decode: it must not go missing between two pieces."""
+    words = ["▁the", "▁sta", "te", "▁of", "▁a", "▁long", "▁text", "▁goes", "▁on", "."]
+    stream = TextStream(lambda tokens: "".join(words[i] for i in tokens).replace("▁", " ").removeprefix(" "), [0])
+    assert [stream.add(i) for i in range(1, 10)] == [" sta", "te", " of", " a", " long", " text", " goes", " on", "."]
+    assert stream.rest() == ""

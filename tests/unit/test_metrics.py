@@ -256,7 +256,7 @@ def test_live_bar_shows_its_fields_messages_and_nested_bar(monkeypatch: pytest.M
 
 def test_the_loggers_bar_follows_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricLogger(CONFIG, tmp_path, is_main=True) as log:
-        log.advance(record(1))
+        log.advance(record(1, skipped_steps=0))
         log.log(record(2, lr=1e-4, grad_norm=0.5, tokens_per_second=12345.0, mfu=0.4123))
         log.log(record(2), kind="valid")
     (train, valid) = capsys.readouterr().err.splitlines()

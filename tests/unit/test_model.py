@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, gradients, one_process, random_model, random_tokens, tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +21,7 @@ from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import Init, ParameterSpec, count, initial_values, parameter_table
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
+from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, gradients, one_process, random_model, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")

@@ -1,25 +1,23 @@
 """Gradient norm, clipping and optimizer steps over every mix of meshes and shardings, against the global tensors."""
 
 import math
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # DTensor imports it at its first operation: once here is cheaper than once on every forked rank
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from harness import on_ranks
 from megatron_mamba.config import OptimConfig
 from megatron_mamba.optim import build_optimizer, clip_, global_grad_norm
-from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
+from megatron_mamba.parallel.context import ParallelContext
+
+pytestmark = pytest.mark.ranks
 
 F64 = torch.float64
 MESHES = {
@@ -31,21 +29,6 @@ MESHES = {
     "pp2 tp2": {"pp": 2, "tp": 2},
     "tp4": {"tp": 4},
 }
-
-
-def _rank(rank: int, world: int, folder: str, sizes: dict[str, int], body: Callable[[ParallelContext], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", tuple(sizes.get(d, 1) for d in MESH_DIMENSIONS), mesh_dim_names=MESH_DIMENSIONS)
-    body(ParallelContext(mesh, torch.device("cpu")))
-    dist.destroy_process_group()
-
-
-def on_ranks(sizes: dict[str, int], body: Callable[[ParallelContext], None]) -> None:
-    """Run `body` on forked ranks of a mesh; a failing assertion on any of them fails the test."""
-    world = math.prod(sizes.values())
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world, folder, sizes, body), nprocs=world, start_method="fork")
 
 
 @dataclass
@@ -176,6 +159,9 @@ def test_norm_is_accumulated_in_fp32_and_never_silently_finite() -> None:
         norm = global_grad_norm([small], context)
         assert norm.dtype == torch.float32
         assert float(norm) == 2.0
+        large = nn.Parameter(torch.zeros(2**23))
+        large.grad = torch.full_like(large, 1e-3)
+        assert float(global_grad_norm([large], context)) == pytest.approx(2**11.5 * 1e-3, rel=1e-5)
         for bad in (math.inf, math.nan):
             small.grad[5] = bad
             norm = global_grad_norm([small], context)

@@ -98,7 +98,7 @@ class _CausalConv1d(torch.autograd.Function):
         y, final_state = x.new_empty(x.shape), x.new_empty(batch, width - 1, channels)
         for i in range(batch):
             before, same_i = _rows(i, initial_state, same)
-            for tokens in row_blocks(length, channels):
+            for tokens in row_blocks(length, channels, x.device):
                 window = _window(x[i], before, tokens, width, dtype)
                 out = _convolve(window, weight_WC, bias_C, same_i, tokens)
                 y[i, tokens] = functional.silu(out, inplace=True) if silu else out
@@ -122,7 +122,7 @@ class _CausalConv1d(torch.autograd.Function):
         g_initial = torch.empty_like(g_before)
         for i in range(batch):
             (before, same_i), carry = _rows(i, initial_state, same), g_before[i]
-            for tokens in reversed(row_blocks(length, channels)):
+            for tokens in reversed(row_blocks(length, channels, x.device)):
                 window = _window(x[i], before, tokens, width, dtype)
                 g_out = g_y[i, tokens].to(dtype)
                 if ctx.silu:

@@ -13,7 +13,7 @@ def softmax_statistics(logits: Tensor, targets: Tensor, vocab_start: int) -> tup
     largest = logits.amax(1).to(dtype)
     shift = largest.masked_fill(largest == -torch.inf, 0.0).unsqueeze(1)
     sum_exp = torch.empty_like(largest)
-    for rows in row_blocks(*logits.shape):
+    for rows in row_blocks(*logits.shape, logits.device):
         torch.sum((logits[rows] - shift[rows]).exp_(), 1, out=sum_exp[rows])
     column, inside = _local_targets(logits, targets, vocab_start)
     target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype)
@@ -28,7 +28,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale
     log_sum_exp, scale = log_sum_exp.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1)
     onehot = inside.to(dtype).neg_().unsqueeze(1)
     gradient = logits.new_empty(logits.shape)
-    for rows in row_blocks(*logits.shape):
+    for rows in row_blocks(*logits.shape, logits.device):
         block = (logits[rows] - log_sum_exp[rows]).exp_()
         block.scatter_add_(1, column[rows].unsqueeze(1), onehot[rows])
         torch.mul(block, scale[rows], out=gradient[rows])

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_mamba.checkpoint import hf
 from megatron_mamba.checkpoint.hf_classes import CLASSES
 from megatron_mamba.checkpoint.hf_verify import compare
-from megatron_mamba.config import ModelConfig
+from megatron_mamba.config import Config, ModelConfig, to_dict
 from megatron_mamba.model.parameters import parameter_table
 from megatron_mamba.parallel.context import ParallelContext
 
@@ -128,13 +128,16 @@ def test_config_states_what_defaults_would_break(tmp_path: Path) -> None:
     assert (hybrid["hybrid_override_pattern"], hybrid["num_hidden_layers"]) == ("M*-M-", 5)
     assert "layers_block_type" not in hybrid
     assert "time_step_limit" not in hybrid
-    export("mamba", tmp_path / "mamba")
+    trained = {"step": 7, "consumed_tokens": 123456, "config": to_dict(Config(model=CASES["mamba"][1]))}
+    values = export("mamba", tmp_path / "mamba", training=trained)[1]
     mamba = json.loads((tmp_path / "mamba/config.json").read_text())
     assert mamba["tie_word_embeddings"] is False
     assert mamba["bos_token_id"] is mamba["eos_token_id"] is mamba["pad_token_id"] is None
     card = (tmp_path / "mamba/README.md").read_text()
     assert "transformers>=4.57.6" in card
-    assert "PATH" in card
+    assert f"| parameters | {sum(value.numel() for value in values.values()):,} |" in card
+    assert "| trained: tokens | 123,456 |" in card
+    assert "| trained: global batch (sequences) | 256 |" in card
 
 
 @pytest.mark.parametrize(
