@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv and installs the project in it, in editable form, with the extras of pyproject.toml that are named:
-#   ./launch/setup.sh [EXTRAS, default hf] && source .venv/bin/activate
+#   ./launch/setup.sh [EXTRAS, default export] && source .venv/bin/activate
 # A second run takes no time unless pyproject.toml changed. PYTHON=/path/to/python3 chooses the interpreter of a new .venv;
 # an active virtual environment is not used. On a GPU machine a CUDA build of PyTorch is installed, or the system's own is used if it
 # is new enough; otherwise the CPU build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=${1-hf}
+extras=${1-export}
 venv=.venv
 log=$venv/setup.log
 cpu_torch=2.13.0

@@ -3,7 +3,7 @@
 #   ./launch/test.sh tests/unit -k config
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-./launch/setup.sh hf,dev || exit
+./launch/setup.sh export,dev || exit
 
 bin=.venv/bin
 workers=$(getconf _NPROCESSORS_ONLN)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from megatron_mamba.schema import ConfigError, from_dict, require, to_dict  # noqa: F401 (part of this module's interface)
 
-
 MIXER_KINDS = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp"}
 """The pattern's alphabet: letter -> mixer. ``|`` marks a pipeline-stage border and is no layer."""
 
@@ -207,7 +206,7 @@ class DataConfig:
     blend: dict[str, float] | None = None
     """Prefix -> weight, for several corpora."""
     split: tuple[float, float, float] = (969.0, 30.0, 1.0)
-    """Relative sizes of train, validation and test, cut at document borders in file order."""
+    """Shares of the tokens for train, validation and test, cut at document borders in file order."""
     tokenizer: str | None = None
     """SentencePiece .model, or a folder / tokenizer.json of a Hugging Face tokenizer; default: the one recorded with the data."""
     seq_length: int = 4096
@@ -364,6 +363,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
+    """Weights & Biases: offline writes to run.dir/wandb for a later ``wandb sync``."""
+
     mode: Literal["disabled", "offline", "online"] = "offline"
     project: str = "megatron-mamba"
     entity: str | None = None
@@ -401,6 +402,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Where the run lives, what it is called, and the seed of its weights (data.seed orders the samples)."""
+
     dir: str = "runs/default"
     name: str = "default"
     seed: int = 1234

@@ -75,6 +75,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {str(k): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     exact = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", f"Give a value of type {hint.__name__}")
     return value

@@ -62,13 +62,6 @@ def one_process() -> Iterator[ParallelContext]:
             context.close()
 
 
-def exact_rope_tables(positions: torch.Tensor, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """As mamba_kernels.rope_tables in float64: rounded to fp32, equal distances between positions differ at 1e-8."""
-    frequencies = base ** -(torch.arange(rotary_dim // 2, dtype=torch.float64) * 2 / rotary_dim)
-    angles = positions.double()[..., None] * frequencies
-    return angles.cos(), angles.sin()
-
-
 def random_model(
     config: ModelConfig, context: ParallelContext, *, seed: int = 0, precision: str = "fp64", sharded: bool = True
 ) -> LanguageModel:

@@ -25,9 +25,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Slices that cut [rows, columns] into blocks: of a cache's size on a CPU, few and large elsewhere."""
-    step = max((BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(columns, 1), 1)
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Slices that cut the rows of a matrix into blocks: of a cache's size on a CPU, few and large elsewhere."""
+    rows, columns = matrix.shape
+    step = max((BLOCK_ELEMENTS if matrix.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(columns, 1), 1)
     return [slice(begin, begin + step) for begin in range(0, rows, step)]
 
 

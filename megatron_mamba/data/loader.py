@@ -20,11 +20,11 @@ IGNORED = -100
 class Batch:
     """One micro-batch."""
 
-    inputs_BS: torch.Tensor  # noqa: N815
+    inputs_BS: torch.Tensor
     """int64"""
-    labels_BS: torch.Tensor  # noqa: N815
+    labels_BS: torch.Tensor
     """int64: the token after each input, or IGNORED."""
-    document_start_BS: torch.Tensor | None  # noqa: N815
+    document_start_BS: torch.Tensor | None
     """bool: where conv, state and attention begin anew; None: nowhere but at the beginning of each sequence."""
 
     def to(self, device: torch.device | str) -> Batch:

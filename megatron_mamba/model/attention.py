@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mamba_kernels import rope
 from torch import Tensor
 
+from mamba_kernels import rope
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import KeyValueState, SequenceInfo, TableModule

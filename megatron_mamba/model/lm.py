@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from mamba_kernels import rope_tables
 from torch import Tensor, nn
 
+from mamba_kernels import rope_tables
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.attention import Attention
@@ -36,8 +36,8 @@ class Layer(nn.Module):
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
         # A step cannot start a document: a single token after padding takes the chunked path.
         decoding = info.length == 1 and state is not None and info.document_start is None
-        run = self.mixer.step if decoding else self.mixer
-        return x_TD + run(self.norm(x_TD), info, state)
+        x = self.norm(x_TD)
+        return x_TD + (self.mixer.step(x, info, state) if decoding else self.mixer(x, info, state))  # type: ignore[operator]
 
 
 class Embedding(TableModule):
@@ -125,7 +125,8 @@ class LanguageModel(nn.Module):
         attention = self.config.attention
         if "attention" in self.config.layers and attention.rotary_dim:
             positions = torch.arange(offset, offset + length, device=tokens.device)
-            rope = rope_tables(positions, attention.rotary_dim, attention.rope_base)
+            dtype = self.final_norm.local("weight").dtype
+            rope = rope_tables(positions, attention.rotary_dim, attention.rope_base, dtype)
         start = cache.start if cache else None
         if start is not None and offset <= int(start.max()):
             # Left padding must leave no trace: each row's first real token starts a document.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mamba_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, swiglu
 from torch import Tensor
 
+from mamba_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, swiglu
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
@@ -29,20 +29,17 @@ class Mamba(TableModule):
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: RecurrentState | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`; with `state`, starts from it and leaves the final one in it."""
         x, z = self._project(x_TD)
-        keep = state is not None
-        x = causal_conv1d(
+        x, conv_state = causal_conv1d(
             x.unflatten(0, (info.batch, info.length)),
             self.local("conv_weight"),
             self.local("conv_bias"),
             activation="silu",
             initial_state=state.conv if state else None,
             document_start=info.document_start,
-            return_final_state=keep,
+            return_final_state=True,
         )
-        if state is not None:
-            x, state.conv = x
         dt, B, C = self._select(x)
-        y = selective_scan(
+        y, ssm_state = selective_scan(
             x,
             dt,
             -self.local("A_log").exp(),
@@ -53,10 +50,10 @@ class Mamba(TableModule):
             dt_softplus=True,
             initial_state=state.ssm if state else None,
             document_start=info.document_start,
-            return_final_state=keep,
+            return_final_state=True,
         )
         if state is not None:
-            y, state.ssm = y
+            state.conv, state.ssm = conv_state, ssm_state
         return row_parallel(swiglu(z, y.flatten(0, 1)), self.local("out_proj"), self.context)
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
@@ -78,7 +75,8 @@ class Mamba(TableModule):
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return column_parallel(x, [self.local("in_proj_x"), self.local("in_proj_z")], self.context).chunk(2, dim=-1)
+        x, z = column_parallel(x, [self.local("in_proj_x"), self.local("in_proj_z")], self.context).chunk(2, dim=-1)
+        return x, z
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt `[..., e]`, B and C `[..., N]` from the convolved x `[..., e]`."""

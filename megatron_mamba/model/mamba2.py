@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mamba_kernels import causal_conv1d, causal_conv1d_step, gated_norm, ssd, ssd_step
 from torch import Tensor
 
+from mamba_kernels import causal_conv1d, causal_conv1d_step, gated_norm, ssd, ssd_step
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
@@ -29,20 +29,17 @@ class Mamba2(TableModule):
         """x `[T, D]` -> `[T, D]`; with `state`, starts from it and leaves the final one in it."""
         z, conv_in, dt = (part.unflatten(0, (info.batch, info.length)) for part in self._project(x_TD))
         weight, bias = self._conv()
-        keep = state is not None
-        conv_out = causal_conv1d(
+        conv_out, conv_state = causal_conv1d(
             conv_in,
             weight,
             bias,
             activation="silu",
             initial_state=state.conv if state else None,
             document_start=info.document_start,
-            return_final_state=keep,
+            return_final_state=True,
         )
-        if state is not None:
-            conv_out, state.conv = conv_out
         x, B, C = self._split(conv_out)
-        y = ssd(
+        y, ssm_state = ssd(
             x,
             dt,
             -self.local("A_log").exp(),
@@ -53,10 +50,10 @@ class Mamba2(TableModule):
             dt_softplus=True,
             initial_state=state.ssm if state else None,
             document_start=info.document_start,
-            return_final_state=keep,
+            return_final_state=True,
         )
         if state is not None:
-            y, state.ssm = y
+            state.conv, state.ssm = conv_state, ssm_state
         return self._output(y.flatten(-2).flatten(0, 1), z.flatten(0, 1))
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mamba_kernels import gelu, squared_relu, swiglu
 from torch import Tensor
 
+from mamba_kernels import gelu, squared_relu, swiglu
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import SequenceInfo, TableModule

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mamba_kernels import layer_norm, rms_norm
 from torch import Tensor
 
+from mamba_kernels import layer_norm, rms_norm
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import TableModule
@@ -22,5 +22,8 @@ class Norm(TableModule):
     def forward(self, x_TD: Tensor) -> Tensor:
         weight = self.local("weight")
         if self.kind == "rmsnorm":
-            return rms_norm(x_TD, weight, eps=self.eps)
-        return layer_norm(x_TD, weight, self.local("bias"), eps=self.eps, zero_centered=self.kind == "layernorm1p")
+            normed = rms_norm(x_TD, weight, eps=self.eps)
+        else:
+            normed = layer_norm(x_TD, weight, self.local("bias"), eps=self.eps, zero_centered=self.kind == "layernorm1p")
+        assert isinstance(normed, Tensor)
+        return normed

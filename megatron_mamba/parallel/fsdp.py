@@ -30,7 +30,8 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=some.dtype, cast_forward_inputs=False)
     for module in (*units, root):
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=module is not root)
-        module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined]
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
 
 
 def last_backward(root: nn.Module, last: bool) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mamba_kernels import softmax_gradient, softmax_statistics
 from torch import Tensor
 
+from mamba_kernels import softmax_gradient, softmax_statistics
 from megatron_mamba.parallel import collectives
 from megatron_mamba.parallel.context import ParallelContext
 

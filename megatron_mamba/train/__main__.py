@@ -143,7 +143,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _register_saved(path: Path) -> str:
-    """Make a run's config.yaml a primary config, over the defaults of settings it does not have; returns its name."""
+    """Make a run's config.yaml a primary config; returns its name."""
     remedy = "Give the config.yaml of a run: --config RUN_DIR/config.yaml"
     require(path.is_file(), "--config", str(path), "no such file", remedy)
     try:
@@ -151,7 +151,7 @@ def _register_saved(path: Path) -> str:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
     require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)
-    ConfigStore.instance().store(name="saved", node=OmegaConf.merge(_defaults(Config), saved))
+    ConfigStore.instance().store(name="saved", node=saved)
     return "saved"
 
 

@@ -88,6 +88,8 @@ class Trainer:
             # Recorded relative to the checkpoints' folder, which may be moved.
             self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
         self.step = self.consumed_samples = self.consumed_tokens = 0
+        self.saved_step = 0
+        self.origin = f"initial weights of seed {config.run.seed}"
         self.skips = SkipCounter(config.trainer.max_skipped_steps)
         self._start_or_resume()
         if self.is_main:
@@ -142,7 +144,7 @@ class Trainer:
         count_micro = batch_size // (config.trainer.micro_batch_size * context.dp_size)
         with self.timer.phase("data"):
             batches = [next(loader) for _ in range(count_micro)]
-        targets = context.sum_over_dp(sum((b.labels_BS >= 0).sum() for b in batches)).item()
+        targets = context.sum_over_dp(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
         scale = 1.0 / max(targets, 1)
         loss = torch.zeros((), dtype=torch.float64, device=context.device)
         for i, batch in enumerate(batches):
@@ -244,7 +246,7 @@ class Trainer:
         return {"model": dict(self.model.named_parameters()), "optimizer": optimizer_state(self.optimizer)}
 
     def _save(self) -> None:
-        if self.step == 0 or self.step == self.saved_step:
+        if self.step == self.saved_step:
             return
         with self.throughput.paused(), self.timer.phase("checkpoint"):
             metadata = {
@@ -261,8 +263,6 @@ class Trainer:
 
     def _start_or_resume(self) -> None:
         """Continue from the latest checkpoint of the run, or take over weights from checkpoint.init_from."""
-        self.saved_step: int | None = None
-        self.origin = f"initial weights of seed {self.config.run.seed}"
         latest = self.manager.latest()
         if latest is None:
             if self.config.checkpoint.init_from is not None:

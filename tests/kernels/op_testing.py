@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_kernels import common
+
 EXACT = 1e-10  # Largest relative error in float64.
 ONE_BF16_ROUNDING = 2.0**-8 + 1e-5  # Of the result, as everything before is float32.
 LENGTHS = [1, 63, 100, 257]
@@ -34,6 +36,12 @@ def document_starts(batch: int, length: int, device: str) -> Tensor:
         starts[1, [t for t in (length // 3, length // 3 + 1, length // 3 + 2, 128) if 0 < t < length]] = True
     starts[batch - 1 if batch > 2 else batch :] = False
     return starts.to(device)
+
+
+def use_blocks(monkeypatch, elements: int) -> None:
+    """Let the reference ops work in blocks of so many elements, on any device."""
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(common, "DEVICE_BLOCK_ELEMENTS", elements)
 
 
 def strided(t: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from op_testing import (
     outputs_and_gradients,
     randn,
     saved_elements,
+    use_blocks,
 )
 
-import mamba_kernels.common as common
 from mamba_kernels import causal_conv1d
 
 BATCH, CHANNELS = 3, 5
@@ -57,7 +57,7 @@ def test_float64_outputs_and_gradients(length, initial, documents, device, monke
     op = partial(causal_conv1d, **options, return_final_state=True)
     assert_close(outputs_and_gradients(op, inputs), want, EXACT)
     for block in (2, 30):
-        monkeypatch.setattr(common, "BLOCK_ELEMENTS", block * CHANNELS)
+        use_blocks(monkeypatch, block * CHANNELS)
         assert_close(outputs_and_gradients(op, inputs), want, EXACT)
 
 

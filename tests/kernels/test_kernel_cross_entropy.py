@@ -4,9 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from op_testing import EXACT, ONE_BF16_ROUNDING, AllocationWatch, assert_close, randn
+from op_testing import EXACT, ONE_BF16_ROUNDING, AllocationWatch, assert_close, randn, use_blocks
 
-import mamba_kernels.common as common
 from mamba_kernels import softmax_gradient, softmax_statistics
 
 TOKENS, VOCAB = 9, 23
@@ -50,7 +49,7 @@ def test_float64_loss_and_gradient(borders, layout, device, monkeypatch):
     if layout == "strided":
         logits = logits.T.contiguous().T
     if layout == "blocks":
-        monkeypatch.setattr(common, "BLOCK_ELEMENTS", 2 * VOCAB)
+        use_blocks(monkeypatch, 2 * VOCAB)
     scale = make_scale(targets, torch.float64)
     assert_close(sharded(logits, targets, scale, borders), oracle(logits, targets, scale), EXACT)
 

@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements
+from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements, use_blocks
 
-import mamba_kernels.common as common
 from mamba_kernels import gated_norm
 
 CHANNELS = 24
@@ -28,7 +27,7 @@ def make_inputs(*shape, device="cpu", dtype=torch.float64):
 @pytest.mark.parametrize("group_size", [1, 6, CHANNELS])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
 def test_float64_outputs_and_gradients(shape, group_size, device, monkeypatch):
-    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 2 * CHANNELS)
+    use_blocks(monkeypatch, 2 * CHANNELS)
     inputs, options = make_inputs(*shape, device=device), {"group_size": group_size, "eps": EPS}
     want = outputs_and_gradients(partial(oracle, **options), inputs)
     for strides in (False, True):

@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn
+from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, use_blocks
 
-import mamba_kernels.common as common
 from mamba_kernels import layer_norm, rms_norm
 
 HIDDEN = 12
@@ -49,7 +48,7 @@ def make_inputs(*shape, bias, residual, device="cpu", dtype=torch.float64):
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
 def test_float64_outputs_and_gradients(op, oracle, bias, residual, shape, device, monkeypatch):
-    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 2 * HIDDEN)
+    use_blocks(monkeypatch, 2 * HIDDEN)
     inputs = make_inputs(*shape, bias=bias, residual=residual, device=device)
     want = outputs_and_gradients(oracle, inputs)
     for strides in (False, True):

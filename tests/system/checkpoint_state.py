@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # DTensor imports it at its first use, which would cost every forked rank three seconds
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from harness import on_ranks
 from megatron_mamba.checkpoint import CheckpointManager, load
 
 MARKS = [
+    pytest.mark.ranks,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # the ranks are forked
@@ -104,20 +102,9 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name not in (".lock", "latest"))
 
 
-def _rank(rank: int, world: int, store: str, function: Callable[[int], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    function(rank)
-    dist.destroy_process_group()
-
-
-_stores = itertools.count()
-
-
-def run_ranks(world: int, folder: Path, function: Callable[[int], None]) -> None:
+def run_ranks(world: int, function: Callable[[int], None]) -> None:
     """Call `function(rank)` in forked processes that form a gloo group; an exception in one fails the test."""
-    store = str(folder / f"store-{next(_stores)}")
-    mp.start_processes(_rank, (world, store, function), nprocs=world, start_method="fork")
+    on_ranks({"dp_shard": world}, lambda context: function(context.global_rank))
 
 
 # -------------------------------------------------------------------------------------------------------------- meshes

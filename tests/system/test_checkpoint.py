@@ -102,8 +102,8 @@ def test_saved_on_one_mesh_loads_on_another(tmp_path: Path, before: str, after: 
         assert same(target, state_at(3, place))
 
     ranks = {name: int(np.prod(MESHES[name][0])) for name in (before, after)}
-    run_ranks(ranks[before], tmp_path, save)
-    run_ranks(ranks[after], tmp_path, read)
+    run_ranks(ranks[before], save)
+    run_ranks(ranks[after], read)
 
     # Each element is written exactly once, whoever holds copies of it, and no rank writes much more than its share.
     files = list((tmp_path / "checkpoints" / "step_00000003").glob("*.safetensors"))
@@ -153,9 +153,9 @@ def test_fsdp2_training_continues_on_another_mesh(tmp_path: Path) -> None:
             torch.testing.assert_close(parameter.full_tensor(), expected[name], rtol=1e-12, atol=1e-12)
             assert isinstance(parameter, DTensor)
 
-    run_ranks(2, tmp_path, save)
+    run_ranks(2, save)
     for world in (1, 4):
-        run_ranks(world, tmp_path, resume)
+        run_ranks(world, resume)
 
 
 def test_rank_state_returns_to_its_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,8 +175,8 @@ def test_rank_state_returns_to_its_rank(tmp_path: Path, caplog: pytest.LogCaptur
         draws = (random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist())
         assert json.loads((tmp_path / f"draws-{rank}").read_text()) == list(draws)
 
-    run_ranks(2, tmp_path, save)
-    run_ranks(2, tmp_path, read)
+    run_ranks(2, save)
+    run_ranks(2, read)
     state: dict[str, Any] = {}
     load(tmp_path / "checkpoints" / "step_00000001", state_at(0), rank_state=state)
     assert state == {}

@@ -263,10 +263,10 @@ def test_ranks_agree_on_damage(tmp_path: Path) -> None:
         load(folder / "step_00000002", optimizer)
         assert same(optimizer["optimizer"], state_at(2, placer("dp2"))["optimizer"])
 
-    run_ranks(2, tmp_path, save)
+    run_ranks(2, save)
     for rank in range(2):  # of equal size, so each is in another rank's share
         flip(folder / "step_00000002" / f"model_{rank:05d}.safetensors", -1)
-    run_ranks(2, tmp_path, choose)
+    run_ranks(2, choose)
     assert (tmp_path / "error-0").read_text() == (tmp_path / "error-1").read_text()
 
 
@@ -337,6 +337,6 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
         saver.save(2, state_at(2, placer("dp2")), {})
         saver.close()
 
-    run_ranks(2, tmp_path, save)
+    run_ranks(2, save)
     assert names(folder) == ["step_00000001", "step_00000002"]
     verify(folder / "step_00000002")

@@ -21,9 +21,9 @@ from megatron_mamba.generate import GenerationSettings, Sampler, generate, prefi
 from megatron_mamba.generate.__main__ import TextStream, main, parse, read_prompts
 from megatron_mamba.generate.loading import load_model
 from megatron_mamba.generate.sampling import candidates
-from megatron_mamba.model import LanguageModel, lm
+from megatron_mamba.model import LanguageModel
 from megatron_mamba.parallel.context import ParallelContext
-from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, one_process, random_model, random_tokens, tiny
+from tiny import ARCHITECTURES, assert_equal, one_process, random_model, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = GenerationSettings(temperature=0.0, max_new_tokens=8)
@@ -31,8 +31,7 @@ GREEDY = GenerationSettings(temperature=0.0, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
-    with one_process() as context, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "rope_tables", exact_rope_tables)
+    with one_process() as context:
         yield context
 
 

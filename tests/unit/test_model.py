@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_mamba.config import ModelConfig, from_dict
-from megatron_mamba.model import LanguageModel, build, lm, mamba, mamba2, norm
+from megatron_mamba.model import LanguageModel, build, mamba, mamba2, norm
 from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import Init, ParameterSpec, count, initial_values, parameter_table
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
-from tiny import ARCHITECTURES, assert_equal, exact_rope_tables, gradients, one_process, random_model, random_tokens, tiny
+from tiny import ARCHITECTURES, assert_equal, gradients, one_process, random_model, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
@@ -29,8 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
-    with one_process() as context, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "rope_tables", exact_rope_tables)
+    with one_process() as context:
         yield context
 
 

@@ -31,7 +31,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         out, dtype = gate.new_empty(gate.shape), accumulate_dtype(gate.dtype)
         gate_TF, up_TF, out_TF = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, out))
-        for rows in row_blocks(*gate_TF.shape, gate_TF.device):
+        for rows in row_blocks(gate_TF):
             torch.mul(functional.silu(gate_TF[rows].to(dtype)), up_TF[rows], out=out_TF[rows])
         return out
 
@@ -41,7 +41,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         g_gate, g_up, dtype = gate.new_empty(gate.shape), up.new_empty(up.shape), accumulate_dtype(gate.dtype)
         gate_TF, up_TF, g_out_TF, g_gate_TF, g_up_TF = (t.reshape(-1, gate.shape[-1]) for t in (gate, up, g_out, g_gate, g_up))
-        for rows in row_blocks(*gate_TF.shape, gate_TF.device):
+        for rows in row_blocks(gate_TF):
             gate_, g_out_ = gate_TF[rows].to(dtype), g_out_TF[rows].to(dtype)
             torch.mul(silu_gradient(g_out_, gate_), up_TF[rows], out=g_gate_TF[rows])
             torch.mul(functional.silu(gate_), g_out_, out=g_up_TF[rows])
@@ -54,7 +54,7 @@ class _SquaredReLU(torch.autograd.Function):
         ctx.save_for_backward(x)
         out, dtype = x.new_empty(x.shape), accumulate_dtype(x.dtype)
         x_TF, out_TF = x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1])
-        for rows in row_blocks(*x_TF.shape, x_TF.device):
+        for rows in row_blocks(x_TF):
             torch.square(functional.relu(x_TF[rows].to(dtype)), out=out_TF[rows])
         return out
 
@@ -64,6 +64,6 @@ class _SquaredReLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         g_x, dtype = x.new_empty(x.shape), accumulate_dtype(x.dtype)
         x_TF, g_out_TF, g_x_TF = (t.reshape(-1, x.shape[-1]) for t in (x, g_out, g_x))
-        for rows in row_blocks(*x_TF.shape, x_TF.device):
+        for rows in row_blocks(x_TF):
             torch.mul(functional.relu(x_TF[rows].to(dtype)).mul_(2.0), g_out_TF[rows], out=g_x_TF[rows])
         return g_x

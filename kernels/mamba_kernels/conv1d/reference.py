@@ -98,7 +98,7 @@ class _CausalConv1d(torch.autograd.Function):
         y, final_state = x.new_empty(x.shape), x.new_empty(batch, width - 1, channels)
         for i in range(batch):
             before, same_i = _rows(i, initial_state, same)
-            for tokens in row_blocks(length, channels, x.device):
+            for tokens in row_blocks(x[i]):
                 window = _window(x[i], before, tokens, width, dtype)
                 out = _convolve(window, weight_WC, bias_C, same_i, tokens)
                 y[i, tokens] = functional.silu(out, inplace=True) if silu else out
@@ -113,7 +113,7 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state, document_start = ctx.saved_tensors
-        (batch, length, channels), width, dtype = x.shape, weight.shape[1], accumulate_dtype(x.dtype)
+        batch, width, dtype = len(x), weight.shape[1], accumulate_dtype(x.dtype)
         weight_WC, bias_C = _tap_major(weight, bias, dtype)
         same, kept = _masks(document_start, width, dtype)
         g_x, g_weight, g_bias = x.new_empty(x.shape), torch.zeros_like(weight_WC), torch.zeros_like(bias_C)
@@ -122,7 +122,7 @@ class _CausalConv1d(torch.autograd.Function):
         g_initial = torch.empty_like(g_before)
         for i in range(batch):
             (before, same_i), carry = _rows(i, initial_state, same), g_before[i]
-            for tokens in reversed(row_blocks(length, channels, x.device)):
+            for tokens in reversed(row_blocks(x[i])):
                 window = _window(x[i], before, tokens, width, dtype)
                 g_out = g_y[i, tokens].to(dtype)
                 if ctx.silu:

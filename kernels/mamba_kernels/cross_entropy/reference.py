@@ -13,7 +13,7 @@ def softmax_statistics(logits: Tensor, targets: Tensor, vocab_start: int) -> tup
     largest = logits.amax(1).to(dtype)
     shift = largest.masked_fill(largest == -torch.inf, 0.0).unsqueeze(1)
     sum_exp = torch.empty_like(largest)
-    for rows in row_blocks(*logits.shape, logits.device):
+    for rows in row_blocks(logits):
         torch.sum((logits[rows] - shift[rows]).exp_(), 1, out=sum_exp[rows])
     column, inside = _local_targets(logits, targets, vocab_start)
     target_logit = logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype)
@@ -28,7 +28,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale
     log_sum_exp, scale = log_sum_exp.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1)
     onehot = inside.to(dtype).neg_().unsqueeze(1)
     gradient = logits.new_empty(logits.shape)
-    for rows in row_blocks(*logits.shape, logits.device):
+    for rows in row_blocks(logits):
         block = (logits[rows] - log_sum_exp[rows]).exp_()
         block.scatter_add_(1, column[rows].unsqueeze(1), onehot[rows])
         torch.mul(block, scale[rows], out=gradient[rows])
@@ -38,5 +38,5 @@ def softmax_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale
 def _local_targets(logits: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     """The target's column in this shard, 0 where it has none, and where it has one; both [T]."""
     column = targets.to(torch.int64) - vocab_start
-    inside = (targets >= 0) & (column >= 0) & (column < logits.shape[1])
+    inside = (column >= 0) & (column < logits.shape[1])
     return column.masked_fill_(~inside, 0), inside

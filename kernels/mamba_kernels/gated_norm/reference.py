@@ -32,7 +32,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx.group_size, ctx.eps = group_size, eps
         out, weight_E = y.new_empty(y.shape), weight.to(accumulate_dtype(y.dtype))
         y_TE, z_TE, out_TE = (t.reshape(-1, len(weight)) for t in (y, z, out))
-        for rows in row_blocks(*y_TE.shape, y_TE.device):
+        for rows in row_blocks(y_TE):
             silu_z = functional.silu(z_TE[rows].to(weight_E.dtype))
             normed, _ = _normalise(y_TE[rows], silu_z, group_size, eps)
             torch.mul(normed.flatten(1), weight_E, out=out_TE[rows])
@@ -45,7 +45,7 @@ class _GatedNorm(torch.autograd.Function):
         g_y, g_z, weight_E = y.new_empty(y.shape), z.new_empty(z.shape), weight.to(accumulate_dtype(y.dtype))
         g_weight = torch.zeros_like(weight_E)
         y_TE, z_TE, g_out_TE, g_y_TE, g_z_TE = (t.reshape(-1, len(weight)) for t in (y, z, g_out, g_y, g_z))
-        for rows in row_blocks(*y_TE.shape, y_TE.device):
+        for rows in row_blocks(y_TE):
             y_, z_, g_out_ = (t[rows].to(weight_E.dtype) for t in (y_TE, z_TE, g_out_TE))
             silu_z = functional.silu(z_)
             normed, inverse_rms = _normalise(y_, silu_z, ctx.group_size, ctx.eps)

@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         out = h.new_empty(h.shape, dtype=dtype)
         h_TD, out_TD = h.reshape(-1, len(weight)), out.view(-1, len(weight))
         inverse_rms = weight_D.new_empty(len(h_TD), 1)
-        for rows in row_blocks(*h_TD.shape, h_TD.device):
+        for rows in row_blocks(h_TD):
             h_ = h_TD[rows].to(weight_D.dtype)
             torch.rsqrt(h_.square().mean(1, keepdim=True).add_(eps), out=inverse_rms[rows])
             torch.mul(h_ * inverse_rms[rows], weight_D, out=out_TD[rows])
@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         weight_D, g_h = weight.to(inverse_rms.dtype), h.new_empty(h.shape)
         g_weight = torch.zeros_like(weight_D)
         h_TD, g_out_TD, g_h_TD = (t.reshape(-1, len(weight)) for t in (h, g_out, g_h))
-        for rows in row_blocks(*h_TD.shape, h_TD.device):
+        for rows in row_blocks(h_TD):
             normed, g_out_ = h_TD[rows] * inverse_rms[rows], g_out_TD[rows].to(weight_D.dtype)
             g_weight += (g_out_ * normed).sum(0)
             g_normed = g_out_ * weight_D

@@ -7,10 +7,12 @@ from mamba_kernels.common import Sizes, check_tensors
 from mamba_kernels.rope import reference
 
 
-def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles positions * base^(-2i / rotary_dim), i < rotary_dim / 2 (arXiv 2104.09864, eq. 15).
 
-    Shapes: positions [S] or [B, S], integer. Returns cos and sin [..., rotary_dim // 2] in float32; the angles are
+    Shapes: positions [S] or [B, S], integer. Returns cos and sin [..., rotary_dim // 2] in `dtype`; the angles are
     computed in float64, so that they are exact for long sequences too. Raises ValueError if positions are not integers
     or rotary_dim is not even and positive.
     """
@@ -18,7 +20,7 @@ def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor
         raise ValueError(f"rope_tables: positions has dtype {positions.dtype}, wanted an integer dtype")
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rope_tables: rotary_dim is {rotary_dim}, wanted a positive even number")
-    return reference.rope_tables(positions, rotary_dim, base)
+    return reference.rope_tables(positions, rotary_dim, base, dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from torch import Tensor
 from mamba_kernels.common import accumulate_dtype
 
 
-def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`mamba_kernels.rope_tables` on checked arguments."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device) / rotary_dim
     angles = positions.to(torch.float64).unsqueeze(-1) * base**-exponents
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

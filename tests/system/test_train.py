@@ -1,0 +1,201 @@
+"""Whole runs on a tiny model: resume, signals, kills, non-finite steps, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve
+from megatron_mamba.config import (
+    BatchRampConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    LoggingConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from megatron_mamba.model import LanguageModel
+from megatron_mamba.train import loop
+from megatron_mamba.train.loop import train
+from megatron_mamba.train.resilience import TrainingError
+from tiny import tiny
+
+
+def config_for(run_dir: Path, **changes: Any) -> Config:
+    """A run of 12 steps; `changes` replace settings of a group (dicts) or groups."""
+    config = Config(
+        model=tiny("M-m*"),
+        data=DataConfig(kind="synthetic", seq_length=24, split=(8.0, 1.0, 1.0)),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, schedule=ScheduleConfig(warmup_samples=8)),
+        trainer=TrainerConfig(train_samples=48, global_batch_size=4, micro_batch_size=2, precision="fp32"),
+        checkpoint=CheckpointConfig(interval=4),
+        logging=LoggingConfig(interval=1, console=False, tensorboard=False, wandb=WandbConfig(mode="disabled")),
+        eval=EvalConfig(interval=4, samples=5),
+        run=RunConfig(dir=str(run_dir), name="test"),
+    )
+    groups = {k: replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return replace(config, **groups).validate()
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(run_dir)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert train(config_for(run_dir)) == 0
+    return run_dir
+
+
+def test_a_run_learns_and_leaves_its_folder(whole: Path) -> None:
+    found = losses(whole)
+    assert list(found) == list(range(1, 13))
+    assert found[12] < found[1] - 0.1
+    assert [r["step"] for r in records(whole, "valid")] == [4, 8, 12]
+    assert [r["step"] for r in records(whole, "test")] == [12]
+    assert (whole / "loss.png").stat().st_size > 1000
+    assert {p.name for p in (whole / "checkpoints").glob("step_*")} == {"step_00000008", "step_00000012"}
+    record = records(whole)[-1]
+    assert record["tokens_per_second"] > 0
+    assert record["seconds"].keys() >= {"data", "forward", "backward", "optimizer"}
+
+
+def test_stopped_and_resumed_equals_uninterrupted(whole: Path, tmp_path: Path) -> None:
+    train(config_for(tmp_path, trainer={"stop_after_samples": 22}))
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5]
+    train(config_for(tmp_path))
+    assert losses(tmp_path) == losses(whole)
+    assert records(tmp_path, "test")[0]["loss"] == records(whole, "test")[0]["loss"]
+    assert [r["event"] for r in records(tmp_path, "event")] == ["start", "resume"]
+
+
+def test_micro_batches_only_change_rounding(whole: Path, tmp_path: Path) -> None:
+    train(config_for(tmp_path, trainer={"micro_batch_size": 4}))
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_batch_ramp_counts_samples(tmp_path: Path) -> None:
+    ramp = BatchRampConfig(start=2, increment=2, samples=4)
+    train(config_for(tmp_path, trainer={"batch_ramp": ramp, "train_samples": 16}))
+    found = [(r["consumed_samples"], r["global_batch_size"]) for r in records(tmp_path)]
+    assert found == [(2, 2), (4, 2), (8, 4), (12, 4), (16, 4)]
+
+
+def test_signal_saves_and_ends_well(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = loop.Trainer._train_step
+
+    def signalled(self: loop.Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", signalled)
+    assert train(config_for(tmp_path)) == 0
+    assert resolve(tmp_path).name == "step_00000006"
+    monkeypatch.undo()
+    train(config_for(tmp_path))
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_non_finite_steps_change_nothing_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 3 and 4 are poisoned: skipped and counted. From step 6 on all are: the run stops with a checkpoint."""
+    forward, seen = LanguageModel.forward, []
+
+    def poisoned(self: LanguageModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(None)
+        step = (len(seen) + 1) // 2
+        return forward(self, *args, **kwargs) * (float("nan") if step in (3, 4) or step >= 6 else 1.0)
+
+    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 8.*optim\.lr.*max_skipped_steps"):
+        train(config_for(tmp_path, trainer={"max_skipped_steps": 3}, eval={"interval": 0}, checkpoint={"keep_last": 9}))
+    assert [r["skipped_steps"] for r in records(tmp_path)] == [0, 0, 1, 2, 2, 3, 4, 5]
+    four, eight = ({**read_metadata(tmp_path / f"checkpoints/step_0000000{n}")} for n in (4, 8))
+    assert (four["skipped_in_a_row"], eight["skipped_in_a_row"]) == (2, 3)
+
+
+def test_another_model_is_refused_and_nothing_is_lost(whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (whole / "checkpoints").rglob("*") if p.is_file() and p.name != ".lock"}
+    text = (whole / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"model\.pattern = 'MM'.*another model.*run\.dir"):
+        train(config_for(whole, model=tiny("MM")))
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert (whole / "config.yaml").read_text() == text
+
+
+def test_init_from_takes_weights_and_nothing_else(whole: Path, tmp_path: Path) -> None:
+    train(config_for(tmp_path, checkpoint={"init_from": str(whole)}, trainer={"train_samples": 12}))
+    assert records(tmp_path)[0]["step"] == 1
+    assert losses(tmp_path)[1] < losses(whole)[1] - 0.1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used_on_request(tmp_path: Path, whole: Path) -> None:
+    train(config_for(tmp_path, trainer={"stop_after_samples": 32}))
+    victim = max((tmp_path / "checkpoints" / "step_00000008").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(CheckpointError, match=victim.name):
+        train(config_for(tmp_path))
+    train(config_for(tmp_path, checkpoint={"on_damage": "previous"}))
+    assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": {"global_batch_size": 3, "micro_batch_size": 2}}, r"trainer\.micro_batch_size = 2"),
+        ({"trainer": {"train_samples": 2}}, r"trainer\.train_samples = 2: shorter than one global batch of 4"),
+        ({"optim": {"schedule": ScheduleConfig(warmup_samples=99)}}, r"optim\.schedule\.warmup_samples = 99"),
+        ({"data": {"kind": "indexed", "path": "/nowhere/corpus"}}, r"/nowhere/corpus"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        train(config_for(run_dir, **changes))
+    assert not (run_dir / "config.yaml").exists()
+
+
+COMMAND = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_train import config_for, train
+train(config_for(Path(sys.argv[1]), checkpoint={"interval": 1, "keep_last": 1}))
+"""
+
+
+def test_kill_9_while_saving_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    """Killed at three moments among its asynchronous saves (one every step), the run ends with the same losses."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    for after in (3, 6, 9):
+        process = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path), *paths], stderr=subprocess.DEVNULL)
+        while process.poll() is None and max(losses(tmp_path) if (tmp_path / "metrics.jsonl").exists() else [0], default=0) < after:
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert resolve(tmp_path).name >= f"step_{after - 2:08d}"
+    train(config_for(tmp_path, checkpoint={"interval": 1, "keep_last": 1}))
+    assert losses(tmp_path) == losses(whole)
