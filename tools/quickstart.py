@@ -99,6 +99,7 @@ def _run_architecture(name: str, args: argparse.Namespace, prefix: Path, tokeniz
     every = max(args.samples // batch // 12, 1) * 4
     command = [
         "-m", "megatron_mamba.train", f"model={name}_tiny", f"model.vocab_size={args.vocab_size}", f"data.path={prefix}",
+        "data.split=[90,8,2]",
         "data.seq_length=256", f"trainer.train_samples={args.samples}", f"trainer.global_batch_size={batch}",
         f"trainer.micro_batch_size={batch}", "trainer.precision=fp32", "optim.lr=3e-3", "optim.min_lr=3e-4",
         f"optim.schedule.warmup_samples={args.samples // 16}", f"checkpoint.interval={every}", "logging.interval=4",
@@ -165,21 +166,21 @@ def _compare_resumed(before: dict[int, float], records: list[dict[str, Any]]) ->
 
 
 def _summary(rows: list[dict[str, Any]], args: argparse.Namespace, seconds: float) -> None:
-    table = Table(title="Quickstart")
-    for column in ("model", "parameters", "MFLOP/token", "tokens", "train loss", "valid loss", "tokens/s", "training time"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(title="Quickstart: loss in nats per token")
+    for column in ("model", "parameters", "MFLOP/token", "tokens", "train", "valid", "tokens/s", "seconds"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["name"], f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}", f"{row['tokens']:,}", f"{row['train']:.4f}",
-            f"{row['valid']:.4f}", f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.0f} s",
+            row["name"], f"{row['parameters'] / 1e6:.3f}M", f"{row['flops'] / 1e6:.1f}", f"{row['tokens'] / 1e3:.0f}K",
+            f"{row['train']:.4f}", f"{row['valid']:.4f}", f"{row['tokens_per_second']:,.0f}", f"{row['seconds']:.0f}",
         )  # fmt: skip
     console.print(table)
     if len(rows) > 1:
         picture = args.run_dir / "comparison.png"
         plot_comparison({row["name"]: row["run_dir"] / "metrics.jsonl" for row in rows}, picture)
-        console.print(f"comparison: {picture}")
+        console.print(f"comparison: {picture}", soft_wrap=True)
     for row in rows:
-        console.print(f"{row['name']}: {row['run_dir']} (config.yaml, metrics.jsonl, loss.png, checkpoints/, hf/)")
+        console.print(f"{row['name']}: {row['run_dir']} (config.yaml, metrics.jsonl, loss.png, checkpoints/, hf/)", soft_wrap=True)
     console.print(f"[bold]done in {seconds:.0f} s[/bold]")
 
 
