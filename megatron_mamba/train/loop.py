@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
-from megatron_mamba.config import Config, ConfigError, require, to_dict
+from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
 from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
 from megatron_mamba.data.loader import Batch, Loader
 from megatron_mamba.model import build
@@ -194,9 +194,9 @@ class Trainer:
         self.manager.wait()
         raise TrainingError(
             f"{self.skips.in_a_row} steps in a row had a non-finite loss or gradient (last: loss {record['loss']}, "
-            f"grad norm {record['grad_norm']}, step {self.step}); no weights were changed by them. The checkpoint at step "
-            f"{self.step} in {self.config.checkpoint_dir} holds the last good weights. Lower optim.lr, lengthen the "
-            "warm-up, or check the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
+            f"grad norm {record['grad_norm']}, step {self.step}) and changed no weights. The checkpoint of step {self.step} in "
+            f"{self.config.checkpoint_dir} holds the weights from before them. Lower optim.lr, lengthen the warm-up, or check "
+            "the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
         )
 
     # ------------------------------------------------------------------------------------------------ evaluation
@@ -350,16 +350,27 @@ def _check_batches(config: Config, context: ParallelContext) -> None:
 def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
     """A run resumes its own model; other changes are allowed and named."""
     ours = to_dict(config)
-    for key in ours["model"].keys() | saved["model"].keys():
-        old, new = saved["model"].get(key), ours["model"].get(key)
-        if old != new and key != "name":
+    # Settings of mixers that the pattern does not use make no difference.
+    unused = {"name", *set(MIXER_KINDS.values()) - set(config.model.layers)}
+    old = dict(_leaves({k: v for k, v in saved["model"].items() if k not in unused}, "model"))
+    new = dict(_leaves({k: v for k, v in ours["model"].items() if k not in unused}, "model"))
+    for key, value in new.items():
+        if old.get(key) != value:
             raise ConfigError(
-                f"model.{key}",
-                new,
-                f"the checkpoint {path} is of another model ({key} = {old!r})",
+                key,
+                value,
+                f"the checkpoint {path} is of another model, with {old.get(key)!r}",
                 "Give the run another run.dir, or the model it was started with",
             )
     for group in ("data", "optim", "trainer", "parallel"):
         changed = [key for key in ours[group] if saved[group].get(key) != ours[group][key]]
         if changed:
             log.warning("resuming with other settings than the checkpoint's: %s", ", ".join(f"{group}.{k}" for k in changed))
+
+
+def _leaves(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", value

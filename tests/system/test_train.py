@@ -137,7 +137,7 @@ def test_non_finite_steps_change_nothing_and_end_the_run(tmp_path: Path, monkeyp
 def test_another_model_is_refused_and_nothing_is_lost(whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (whole / "checkpoints").rglob("*") if p.is_file() and p.name != ".lock"}
     text = (whole / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"model\.pattern = 'MM'.*another model.*run\.dir"):
+    with pytest.raises(ConfigError, match=r"model\.pattern = 'MM'.*another model, with 'M-m\*'.*run\.dir"):
         train(config_for(whole, model=tiny("MM")))
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert (whole / "config.yaml").read_text() == text
