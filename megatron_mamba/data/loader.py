@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 from megatron_mamba.data.packing import Dataset
-
-IGNORED = -100
-"""Label of a position that the loss leaves out."""
+from megatron_mamba.parallel.vocab import IGNORE
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Batch:
     inputs_BS: torch.Tensor
     """int64"""
     labels_BS: torch.Tensor
-    """int64: the token after each input, or IGNORED."""
+    """int64: the token after each input, or IGNORE."""
     document_start_BS: torch.Tensor | None
     """bool: where conv, state and attention begin anew; None: nowhere but at the beginning of each sequence."""
 
@@ -42,7 +40,7 @@ def collate(dataset: Dataset, numbers: Sequence[int], *, document_reset: bool, m
     samples = [dataset[number] for number in numbers]
     tokens = torch.from_numpy(np.stack([s.tokens for s in samples]))
     starts = torch.from_numpy(np.stack([s.document_start for s in samples]))
-    labels = tokens[:, 1:].masked_fill(starts[:, 1:], IGNORED) if mask_document_ends else tokens[:, 1:].contiguous()
+    labels = tokens[:, 1:].masked_fill(starts[:, 1:], IGNORE) if mask_document_ends else tokens[:, 1:].contiguous()
     return Batch(tokens[:, :-1].contiguous(), labels, starts[:, :-1].contiguous() if document_reset else None)
 
 

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_mamba.data.indexed import DataError, IndexedWriter, Metadata, atomic_write, bin_path, idx_path, token_dtype
-from megatron_mamba.data.progress import ByteProgress
 from megatron_mamba.data.sources import TEXT_GLOBS, Shard, find_files, iterate_shards, read_documents
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megatron_mamba.progress import Progress
 
 _FORMAT = 1
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 18, 1 << 25
@@ -64,10 +64,13 @@ def prepare(
         tokenise = functools.partial(tokenise_shard, folder=folder, tokenizer=loaded.path, json_key=json_key, skip_bad=skip_bad)
         shards = iterate_shards(files, min(max(total // 64, _SMALLEST_SHARD), _LARGEST_SHARD))
         results: list[ShardResult] = []
-        with ByteProgress("Tokenising", total) as progress:
+        with Progress(total, "Tokenising", "B") as progress:
             for shard, result, resumed in _run(shards, tokenise, folder, workers):
                 results.append(result)
-                progress.advance(shard.size, result.documents, resumed=resumed)
+                if resumed:
+                    progress.skip(shard.size)
+                else:
+                    progress.update(shard.size, documents=sum(r.documents for r in results))
         metadata = _join(output, folder, results, loaded, settings)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -11,8 +11,8 @@ import sentencepiece
 
 from megatron_mamba.data.indexed import DataError, atomic_write
 from megatron_mamba.data.permutation import mix32
-from megatron_mamba.data.progress import ByteProgress
 from megatron_mamba.data.sources import TEXT_GLOBS, Shard, find_files, iterate_shards, read_documents
+from megatron_mamba.progress import Progress
 
 _SHARD_BYTES = 1 << 18
 _SENTENCE_LENGTH = 16384
@@ -29,14 +29,14 @@ def train_tokenizer(
     rare characters fall back to bytes. Raises :class:`DataError` if the text cannot give `vocab_size` pieces.
     """
     files = find_files(inputs, globs)
-    with ByteProgress("Reading", sum(file.stat().st_size for file in files)) as progress:
+    with Progress(sum(file.stat().st_size for file in files), "Reading", "B") as progress:
         sentences = [s for shard in sample(iterate_shards(files, _SHARD_BYTES), max_bytes, progress)
                      for text in read_documents(shard, json_key, skip_bad) if text for s in _sentences(text)]  # fmt: skip
     if not sentences:
         raise DataError(f"{', '.join(map(str, files[:3]))}: no text to train a tokenizer on. Check --input, --glob and --json-key")
     model = io.BytesIO()
     try:
-        with ByteProgress(f"Training {vocab_size} pieces on {sum(map(len, sentences)) / 1e6:.1f} M characters", None):
+        with Progress(None, f"Training {vocab_size} pieces on {sum(map(len, sentences)) / 1e6:.1f} M characters"):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
                 character_coverage=character_coverage, byte_fallback=True, normalization_rule_name="identity",
@@ -57,12 +57,12 @@ def train_tokenizer(
     return output
 
 
-def sample(shards: Iterator[Shard], max_bytes: int, progress: ByteProgress) -> list[Shard]:
+def sample(shards: Iterator[Shard], max_bytes: int, progress: Progress) -> list[Shard]:
     """Shards of at most `max_bytes` in all (but at least one), chosen by a hash of their numbers: evenly over the whole input."""
     kept: list[tuple[int, int, Shard]] = []
     limit = 1 << 32
     for shard in shards:
-        progress.advance(shard.size)
+        progress.update(shard.size)
         draw = mix32(shard.number + 1)
         if draw < limit:
             kept.append((draw, shard.size if shard.lines is None else len(shard.lines), shard))

@@ -1,6 +1,6 @@
 """AdamW with its parameter groups, learning-rate and batch schedules, and gradient clipping."""
 
-from megatron_mamba.optim.clip import clip_, global_grad_norm, step_if_finite
+from megatron_mamba.optim.clip import clip_, global_grad_norm
 from megatron_mamba.optim.groups import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from megatron_mamba.optim.schedule import global_batch_size, learning_rate
 
@@ -13,5 +13,4 @@ __all__ = [
     "load_optimizer_state",
     "optimizer_state",
     "set_learning_rate",
-    "step_if_finite",
 ]

@@ -1,4 +1,4 @@
-"""Global gradient norm, clipping, and steps that are skipped when something is not finite. None waits for the device."""
+"""Global gradient norm and clipping; neither waits for the device."""
 
 from __future__ import annotations
 
@@ -27,14 +27,3 @@ def clip_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if max_norm > 0 and gradients:
         torch._foreach_mul_(gradients, (max_norm / norm).clamp_(max=1.0))
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, *values: Tensor) -> None:
-    """Take the optimizer step unless one of `values` (scalars, equal on every rank: loss, grad norm) is inf or nan.
-
-    The decision is made on the device by the fused kernel: parameters, moments and step counts stay bit-equal when the
-    step is skipped, and the host never waits. The optimizer must be fused (:func:`groups.build_optimizer`'s is).
-    """
-    finite = torch.stack([value.detach().isfinite() for value in values]).all()
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    optimizer.step()

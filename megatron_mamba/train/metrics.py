@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from megatron_mamba.config import Config, to_dict
-from megatron_mamba.train.progress import Progress, human
+from megatron_mamba.progress import Progress, human
 
 PEAK_TFLOPS = (
     ("A100", 312.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0),

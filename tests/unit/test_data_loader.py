@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mamba.data.loader import IGNORED, Loader
+from megatron_mamba.data.loader import IGNORE, Loader
 from megatron_mamba.data.packing import Sample
 
 
@@ -43,7 +43,7 @@ def test_labels_are_the_inputs_shifted() -> None:
 
 def test_document_ends_are_masked_and_starts_passed_on() -> None:
     (batch,) = Loader(Counting(), [[0, 1]], document_reset=True, mask_document_ends=True)
-    assert batch.labels_BS.tolist() == [[1, 2, 3, IGNORED, 5, 6], [11, IGNORED, 13, 14, 15, IGNORED]]
+    assert batch.labels_BS.tolist() == [[1, 2, 3, IGNORE, 5, 6], [11, IGNORE, 13, 14, 15, IGNORE]]
     assert batch.document_start_BS is not None
     assert batch.document_start_BS.tolist() == [[i in (0, 4) for i in range(6)], [i in (0, 2) for i in range(6)]]
 

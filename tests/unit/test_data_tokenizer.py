@@ -12,10 +12,10 @@ import sentencepiece
 
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.data.permutation import mix32
-from megatron_mamba.data.progress import ByteProgress
 from megatron_mamba.data.sources import iterate_shards
 from megatron_mamba.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_sha256
 from megatron_mamba.data.train_tokenizer import sample, train_tokenizer
+from megatron_mamba.progress import Progress
 
 NASTY = [
     "", " ", "  two  spaces  ", "\n", "\n\n\t\t x\n", "\r\n\r", "a\0b", "é漢字🙂👨\u200d👩\u200d👧", "</s> <s> <unk> <0x41>",
@@ -74,7 +74,7 @@ def test_training_says_what_it_cannot_do(model: Path, tmp_path: Path) -> None:
 def test_sample_is_even_and_bounded(tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     path.write_bytes((b"x" * 99 + b"\n") * 5000)
-    with ByteProgress("", None) as progress:
+    with Progress(None, "", "B") as progress:
         kept = sample(iterate_shards([path], 1000), 100_000, progress)
         assert 50_000 < sum(shard.size for shard in kept) <= 100_000
         numbers = [shard.number for shard in kept]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megatron_mamba.config import Config, DataConfig, LoggingConfig, ModelConfig, TrainerConfig, WandbConfig
+from megatron_mamba.progress import Progress, clock, human, progress
 from megatron_mamba.train import metrics
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib, peak_tflops
 from megatron_mamba.train.plot import plot_comparison, plot_run, read_curves, smoothed
-from megatron_mamba.train.progress import Progress, clock, human, progress
 
 CONFIG = Config(
     model=ModelConfig("tiny", "M", 64),

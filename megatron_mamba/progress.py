@@ -29,7 +29,8 @@ class Progress:
     """How far a step of `total` units (None: unknown) is, at what rate, and when it will end.
 
     On a terminal a bar is drawn live; elsewhere (CI, SLURM's log files) a line is printed every `interval` seconds
-    (math.inf: only when :meth:`report` is called), and one at the end. `completed` units were done before (a resumed run) and
+    (math.inf: only when :meth:`report` is called), and one at the end. Bytes (unit "B") are shown to three digits.
+    `completed` units were done before (a resumed run) and
     do not count for the rate. A `parent` lends its place on the terminal; not `shown` (ranks other than 0), nothing prints.
     """
 
@@ -77,6 +78,12 @@ class Progress:
         if self._bar is None and now - self._printed[0] >= self.interval:
             self.report()
 
+    def skip(self, n: int) -> None:
+        """Count `n` units as done before, by an earlier call: they do not count for the rate."""
+        self.completed += n
+        self._first = (self._first[0], self._first[1] + n)
+        self._window = deque([(when, done + n) for when, done in self._window], maxlen=64)
+
     def report(self) -> None:
         """Print the present state as a plain line, unless a live bar shows it already."""
         self._printed = (time.monotonic(), self.completed)
@@ -96,7 +103,10 @@ class Progress:
 
     def pace(self) -> str:
         """Units done, the rate over the last updates and the time left, in one line."""
-        done = f"{self.completed:,}" if self.total is None else f"{self.completed:,}/{self.total:,}"
+        if self.total is None and not self.completed:
+            return ""
+        count = human if self.unit == "B" else "{:,}".format
+        done = count(self.completed) if self.total is None else f"{count(self.completed)}/{count(self.total)}"
         parts = [f"{done} {self.unit}".rstrip()]
         (start, first), (end, last) = self._window[0], self._window[-1]
         if last > first:
@@ -117,7 +127,8 @@ class Progress:
         self._draw()
         if self._bar is None:
             if self._owns_bar and self.interval != math.inf:
-                self.message(f"{self.description} done in {clock(seconds)} · {self.pace()}")
+                done = f"{self.description} done in {clock(seconds)}"
+                self.message(" · ".join(filter(None, (done, self.pace()))))
         elif self._owns_bar:
             self._bar.stop()
         else:
