@@ -30,8 +30,8 @@ class Progress:
 
     On a terminal a bar is drawn live; elsewhere (CI, SLURM's log files) a line is printed every `interval` seconds
     (math.inf: only when :meth:`report` is called), and one at the end. Bytes (unit "B") are shown to three digits.
-    `completed` units were done before (a resumed run) and
-    do not count for the rate. A `parent` lends its place on the terminal; not `shown` (ranks other than 0), nothing prints.
+    `completed` units were done before (a resumed run) and do not count for the rate. A `parent` lends its place on the
+    terminal; not `shown` (ranks other than 0), nothing prints.
     """
 
     def __init__(

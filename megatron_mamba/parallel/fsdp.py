@@ -32,6 +32,7 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=module is not root)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
 
 
 def last_backward(root: nn.Module, last: bool) -> None:

@@ -26,10 +26,10 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def _train(pattern: str, context: ParallelContext) -> dict[str, torch.Tensor]:
+def _train(pattern: str, context: ParallelContext, precision: str = "fp64") -> dict[str, torch.Tensor]:
     """Two steps of two micro-batches on this rank's share of a batch of four; everything that must not depend on the mesh."""
     config = tiny(pattern)
-    model = build(config, context, precision="fp64", seed=11)
+    model = build(config, context, precision=precision, seed=11)
     parameters = list(model.parameters())
     optimizer = build_optimizer(model.named_parameters(), parameter_table(config), OptimConfig(lr=1e-2))
     set_learning_rate(optimizer, 1e-2)
@@ -83,3 +83,15 @@ def test_ranks_train_as_one(mesh: str, one_rank: Path) -> None:
                 assert error <= 1e-10, (pattern, name, float(error))
 
     on_ranks(MESHES[mesh], compare)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_lower_precisions_train_on_ranks_too(precision: str, tolerance: float, one_rank: Path) -> None:
+    """FSDP chooses its collectives by dtype: those of fp32 gradients are not those of fp64."""
+
+    def compare(context: ParallelContext) -> None:
+        ours, exact = _train("M*-", context, precision), torch.load(one_rank)["M*-"]
+        for name in ("loss 0", "loss 1", "norm 0", "norm 1"):
+            assert abs(ours[name] - exact[name]) <= tolerance * exact[name], (name, ours[name], exact[name])
+
+    on_ranks({"dp_replicate": 2, "dp_shard": 2}, compare)
