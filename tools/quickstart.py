@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -166,8 +167,8 @@ def _compare_resumed(before: dict[int, float], records: list[dict[str, Any]]) ->
 
 
 def _summary(rows: list[dict[str, Any]], args: argparse.Namespace, seconds: float) -> None:
-    table = Table(title="Quickstart: loss in nats per token")
-    for column in ("model", "parameters", "MFLOP/token", "tokens", "train", "valid", "tokens/s", "seconds"):
+    table = Table(title="Quickstart: loss in nats per token", box=box.SIMPLE, pad_edge=False)
+    for column in ("model", "params", "MFLOP/tok", "tokens", "train", "valid", "tok/s", "sec"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
