@@ -112,7 +112,7 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initialisation of the weights (architectures.md: init; A_log, D and dt_bias follow the Mamba papers)."""
+    """Initialisation of the weights, as in the 8B runs of arXiv 2406.07887; A_log, D and dt_bias follow the Mamba papers."""
 
     std: float = 0.02
     depth: int | None = None

@@ -30,6 +30,7 @@ from megatron_mamba.train.plot import plot_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("hybrid", "mamba2", "mamba", "transformer")
+MIN_SAMPLES = 128
 console = Console(highlight=False)
 
 
@@ -64,6 +65,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.arch not in (*ARCHITECTURES, "all"):
         parser.error(f"ARCH = {args.arch!r}: choose from {', '.join(ARCHITECTURES)}, all")
+    if args.samples < MIN_SAMPLES:
+        parser.error(f"--samples = {args.samples}: too few to be interrupted in the middle; give {MIN_SAMPLES} or more")
     if args.corpus is not None and not args.corpus.exists():
         parser.error(f"--corpus = {args.corpus}: no such file or folder")
     return args

@@ -1,4 +1,4 @@
-"""FLOPs per token, counted exactly from the layer definitions (architectures.md: FLOPs per token)."""
+"""FLOPs per token, counted exactly from the layer definitions (no rule of thumb such as 6 x parameters)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Init:
 class ParameterSpec:
     """One row of the table.
 
-    `dims` holds a letter per dimension (architecture.md); a lower-case letter is split over tp, in whole `units`
+    `dims` holds a letter per dimension (CONTRIBUTING.md); a lower-case letter is split over tp, in whole `units`
     (heads, groups): with fewer units than ranks the tensor is replicated and a rank uses the unit it shares.
     """
 

@@ -141,7 +141,7 @@ CONSTANT = {"norm.weight": 1.0, "norm.bias": 0.0, "mamba.D": 1.0, "mamba2.D": 1.
 
 
 def test_initial_distributions(context: ParallelContext) -> None:
-    """Every parameter of architectures.md by its kind: bounds, standard deviation, or value."""
+    """Every kind of parameter: bounds, standard deviation, or value."""
     seen = set()
     for name, value in weights(build(WIDE, context)).items():
         part = name.split(".")
