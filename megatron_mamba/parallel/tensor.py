@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.fsdp import shard_range
+from megatron_mamba.parallel.fsdp import local, shard_range
 
 
 def is_split(split_dim: int | None, units: int, context: ParallelContext) -> bool:
@@ -19,17 +19,17 @@ def declare(
     shape: tuple[int, ...], split_dim: int | None, units: int, context: ParallelContext, dtype: torch.dtype
 ) -> DTensor:
     """A DTensor of global `shape` on the meta device, split over tp along `split_dim` in whole `units`."""
-    local = list(shape)
+    sizes = list(shape)
     placement: Shard | Replicate = Replicate()
     if split_dim is not None and is_split(split_dim, units, context):
-        local[split_dim] //= context.size("tp")
+        sizes[split_dim] //= context.size("tp")
         placement = Shard(split_dim)
-    return DTensor.from_local(torch.empty(local, dtype=dtype, device="meta"), context.mesh["tp"], [placement], run_check=False)
+    return DTensor.from_local(torch.empty(sizes, dtype=dtype, device="meta"), context.mesh["tp"], [placement], run_check=False)
 
 
 def local_part(parameter: Tensor, split_dim: int | None, units: int, context: ParallelContext) -> Tensor:
     """What this tp rank computes with: its shard, or of a replicated parameter with fewer units than ranks its unit."""
-    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    part = local(parameter)
     if split_dim is None or is_split(split_dim, units, context):
         return part
     size = part.shape[split_dim] // units

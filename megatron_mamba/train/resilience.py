@@ -13,7 +13,7 @@ from megatron_mamba.parallel.context import ParallelContext
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; a checkpoint of the last good state was written."""
+    """Training cannot go on; a checkpoint of the weights from before the trouble was written."""
 
 
 class StopRequest:
