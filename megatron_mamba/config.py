@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_mamba.layout import ParallelConfig, RecomputeConfig, SplitUnits
 from megatron_mamba.schema import ConfigError, from_dict, require, to_dict  # noqa: F401 (part of this module's interface)
 
 MIXER_KINDS = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp"}
@@ -165,32 +166,23 @@ class ModelConfig:
             getattr(self, kind).validate()
         self.init.validate()
 
-
-# ------------------------------------------------------------------------------------------------------- parallel
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Sizes of the device mesh's dimensions (tp fastest, pp slowest)."""
-
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int = -1
-    """Ranks over which FSDP2 shards parameters; -1: all that the other dimensions leave."""
-    cp: int = 1
-    tp: int = 1
-    sequence_parallel: bool = False
-
-    def validate(self) -> None:
-        _positive(self, "parallel", "pp", "dp_replicate", "cp", "tp")
-        require(self.dp_shard == -1 or self.dp_shard > 0, "parallel.dp_shard", self.dp_shard, "must be -1 or positive",
-                "Use -1 to take every rank that is left")
-        for name in ("pp", "cp", "tp"):
-            value = getattr(self, name)
-            require(value == 1, f"parallel.{name}", value, "this release runs on data-parallel ranks only",
-                    f"Set parallel.{name}=1 and raise parallel.dp_shard or parallel.dp_replicate")
-        require(not self.sequence_parallel, "parallel.sequence_parallel", True,
-                "sequence parallelism needs parallel.tp > 1", "Set parallel.sequence_parallel=false")
+    def split_units(self) -> list[SplitUnits]:
+        """What tensor parallelism shares out, of the mixers that the pattern uses."""
+        m, m2, a, mlp = self.mamba, self.mamba2, self.attention, self.mlp
+        of_kind = {
+            "mamba": [SplitUnits("model.mamba.d_inner", m.d_inner, m.d_inner, "Mamba's inner channels")],
+            "mamba2": [
+                SplitUnits("model.mamba2.d_inner", m2.d_inner, m2.n_heads, f"{m2.n_heads} Mamba-2 heads"),
+                SplitUnits("model.mamba2.n_groups", m2.n_groups, m2.n_groups, "Mamba-2's B/C groups", shared=True),
+            ],
+            "attention": [
+                SplitUnits("model.attention.n_heads", a.n_heads, a.n_heads, "attention heads"),
+                SplitUnits("model.attention.n_kv_heads", a.n_kv_heads, a.n_kv_heads, "key/value heads", shared=True),
+            ],
+            "mlp": [SplitUnits("model.mlp.ffn_size", mlp.ffn_size, mlp.ffn_size, "the feed-forward size")],
+        }
+        vocabulary = SplitUnits("model.vocab_size", self.vocab_size, self.vocab_size, "the vocabulary")
+        return [vocabulary, *(units for kind in of_kind if kind in self.layers for units in of_kind[kind])]
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -415,6 +407,7 @@ class Config:
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -440,6 +433,8 @@ class Config:
             check = getattr(getattr(self, part.name), "validate", None)
             if check is not None:
                 check()
+        tokens = self.trainer.micro_batch_size * self.data.seq_length
+        self.parallel.check_split(self.model.split_units(), tokens)
         sizes = [self.trainer.global_batch_size]
         if self.trainer.batch_ramp is not None:
             sizes += [self.trainer.batch_ramp.start, self.trainer.batch_ramp.increment]

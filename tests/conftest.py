@@ -10,3 +10,19 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say by how much ranks differed from one rank, over all meshes."""
+    figures, seconds = [], 0.0
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "parity" and report.when == "call":
+                figures += value
+                seconds += report.duration
+    if figures:
+        largest = {kind: max(case[kind] for case in figures) for kind in figures[0]}
+        shown = ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items())
+        terminalreporter.write_line(
+            f"ranks against one rank: {len(figures)} cases in {seconds:.0f} s; largest differences: {shown}"
+        )

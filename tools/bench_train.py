@@ -55,7 +55,7 @@ def measure(config: Config) -> dict[str, float]:
     context = ParallelContext.create(config.parallel, config.trainer.device)
     device, batch, length = context.device, config.trainer.micro_batch_size, config.data.seq_length
     rate = matmul_rate(device, DTYPES[config.trainer.precision])
-    model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed)
+    model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed, recompute=config.recompute)
     optimizer = build_optimizer(model.named_parameters(), parameter_table(config.model), config.optim)
     parameters = list(model.parameters())
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1), device=device)

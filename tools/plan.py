@@ -25,10 +25,9 @@ from megatron_mamba.train.__main__ import compose_tree
 def plan(config: Config) -> dict[str, Any]:
     """Parameters and FLOPs per token of `config` as plain data. Raises :class:`ConfigError` for a model that cannot be."""
     config.model.validate()
-    for name, value in asdict(config.parallel).items():
-        require(value > 0 or (name == "dp_shard" and value == -1) or value is False, f"parallel.{name}", value,
-                "must be positive", f"Set parallel.{name} to 1 or more")  # fmt: skip
+    config.parallel.validate()
     require(config.data.seq_length > 0, "data.seq_length", config.data.seq_length, "must be positive", "For example 4096")
+    config.parallel.check_split(config.model.split_units(), config.trainer.micro_batch_size * config.data.seq_length)
     parts = _parts(config.model, config.data.seq_length)
     forward = flops_per_token(config.model, config.data.seq_length)
     return {

@@ -11,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import KeyValueState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, row_parallel
+from megatron_mamba.parallel.linear import column_parallel, sum_partial
 
 
 class Attention(TableModule):
@@ -19,13 +19,18 @@ class Attention(TableModule):
 
     def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__(parameters.attention(config), context, dtype)
-        self.head_dim = config.attention.head_dim
+        self.head_dim, self.kv_heads = config.attention.head_dim, self.local_units("k_proj")
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: KeyValueState | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`; with `state`, attends to the cached positions too and adds the new ones."""
         weights = [self.local("q_proj"), self.local("k_proj"), self.local("v_proj")]
-        packed = column_parallel(x_TD, weights, self.context).unflatten(0, (info.batch, info.length))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in packed.split([w.shape[0] for w in weights], dim=-1))
+        packed_TC = column_parallel(x_TD, weights, self.context, gather_again=self.recompute == "selective")
+        return sum_partial(self.inside(self._mix, packed_TC, info, state), self.context)
+
+    def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: KeyValueState | None) -> Tensor:
+        """From the projected `[T, q + k + v]` to this rank's part of the output's sum, `[T, D]`."""
+        packed = packed_TC.unflatten(0, (info.batch, info.length)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = packed.split([self.local_units("q_proj"), self.kv_heads, self.kv_heads], dim=-2)
         if info.rope is not None:
             q, k = rope(q, *info.rope), rope(k, *info.rope)
         if state is None:
@@ -35,13 +40,13 @@ class Attention(TableModule):
             state.key[:, info.offset : end] = k
             state.value[:, info.offset : end] = v
             y = _sdpa(q, state.key[:, :end], state.value[:, :end], mask=_cache_mask(info))
-        return row_parallel(y.flatten(-2).flatten(0, 1), self.local("out_proj"), self.context)
+        return F.linear(y.flatten(-2).flatten(0, 1), self.local("out_proj"))
 
     step = forward
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KeyValueState:
         """Room for `capacity` positions of `batch` rows."""
-        shape = (batch, capacity, self.local("k_proj").shape[0] // self.head_dim, self.head_dim)
+        shape = (batch, capacity, self.kv_heads, self.head_dim)
         return KeyValueState(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
 

@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamba_kernels import rope_tables
 from megatron_mamba.config import ModelConfig
+from megatron_mamba.layout import Recompute, RecomputeConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.attention import Attention
 from megatron_mamba.model.mamba import Mamba
 from megatron_mamba.model.mamba2 import Mamba2
 from megatron_mamba.model.mlp import MLP
-from megatron_mamba.model.module import Cache, LayerState, SequenceInfo, TableModule
+from megatron_mamba.model.module import Cache, LayerState, SequenceInfo, TableModule, recomputed
 from megatron_mamba.model.norm import Norm
 from megatron_mamba.parallel import fsdp, tensor, vocab
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.linear import all_tokens
 
 MIXERS = {"mamba2": Mamba2, "mamba": Mamba, "attention": Attention, "mlp": MLP}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class Layer(nn.Module):
-    """``x + mixer(norm(x))`` on the residual stream `[T, D]`."""
+    """``x + mixer(norm(x))`` on the residual stream: `[T, D]`, or `[t, D]` with sequence parallelism."""
 
-    def __init__(self, kind: str, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kind: str, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: Recompute
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm = Norm(config, context, dtype)
         self.mixer = MIXERS[kind](config, context, dtype)
+        self.mixer.recompute = recompute
 
-    def forward(self, x_TD: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
+        return (recomputed if self.recompute == "full" else _call)(self._forward, x, info, state)
+
+    def _forward(self, x: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
         # A step cannot start a document: a single token after padding takes the chunked path.
         decoding = info.length == 1 and state is not None and info.document_start is None
-        x = self.norm(x_TD)
-        return x_TD + (self.mixer.step(x, info, state) if decoding else self.mixer(x, info, state))  # type: ignore[operator]
+        normed = self.norm(x)
+        mixed: Tensor = self.mixer.step(normed, info, state) if decoding else self.mixer(normed, info, state)  # type: ignore[operator]
+        return x + mixed
+
+
+def _call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
 
 
 class Embedding(TableModule):
     """Token embedding `[V, D]`, split over the vocabulary."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return vocab.embed(tokens, self.local("weight"), self.context)
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return vocab.embed(tokens_T, self.local("weight"), self.context)
 
 
 class Output(TableModule):
@@ -60,11 +75,14 @@ class Output(TableModule):
 class LanguageModel(nn.Module):
     """All four architectures: the pattern says which mixers, in which order."""
 
-    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: RecomputeConfig
+    ) -> None:
         super().__init__()
         self.config, self.context = config, context
         self.embedding = Embedding(parameters.vocabulary(config), context, dtype)
-        self.layers = nn.ModuleList(Layer(kind, config, context, dtype) for kind in config.layers)
+        layers = (Layer(kind, config, context, dtype, getattr(recompute, kind)) for kind in config.layers)
+        self.layers = nn.ModuleList(layers)
         self.final_norm = Norm(config, context, dtype)
         self.output = Output(parameters.vocabulary(config), context, dtype)
         if config.tie_embeddings:
@@ -86,16 +104,22 @@ class LanguageModel(nn.Module):
         With `labels` `[B, S]` (negative = left out): the fp32 scalar ``scale * sum of cross-entropies`` in nats.
         Without: logits `[B, S, V]`, or `[B, V]` of each row's last position with `last_only`. `document_start` `[B, S]`
         bool resets conv, state and attention where it is True. `cache` continues from, and is advanced by, S tokens.
+        Raises ValueError for a number of tokens that sequence parallelism cannot split evenly.
         """
+        if self.context.sequence_parallel and tokens_BS.numel() % self.context.size("tp"):
+            raise ValueError(
+                f"{tokens_BS.numel()} tokens cannot be split over {self.context.size('tp')} ranks by sequence parallelism: "
+                "make batch x length a multiple, or use a context without it"
+            )
         info = self._sequence_info(tokens_BS, document_start_BS, cache)
-        x_TD = self.embedding(tokens_BS.flatten())
+        x = self.embedding(tokens_BS.flatten())
         for i, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, info, cache.layers[i] if cache else None)
+            x = layer(x, info, cache.layers[i] if cache else None)
         if cache is not None:
             cache.offset += info.length
         if labels_BS is not None:
-            return self.output(self.final_norm(x_TD), labels_BS.flatten(), scale, chunk_tokens)
-        x_BSD = x_TD.unflatten(0, tokens_BS.shape)
+            return self.output(self.final_norm(x), labels_BS.flatten(), scale, chunk_tokens)
+        x_BSD = all_tokens(x, self.context).unflatten(0, tokens_BS.shape)
         return self.output(self.final_norm(x_BSD[:, -1] if last_only else x_BSD), None, scale, chunk_tokens)
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, start: Tensor | None = None) -> Cache:
@@ -113,6 +137,24 @@ class LanguageModel(nn.Module):
     def apart(self) -> list[nn.Parameter]:
         """The parameters that stay fp32 in compute and are replicated over data-parallel ranks."""
         return [p for _, p, row in self.table_parameters() if row.fp32]
+
+    def partial_over_tp(self) -> list[nn.Parameter]:
+        """The parameters that tp ranks hold whole while each computes its part of the gradient: those of groups that
+        several ranks share, and with sequence parallelism every replicated one."""
+        found = []
+        for _, parameter, row in self.table_parameters():
+            whole = not tensor.is_split(row.split_dim, row.units, self.context)
+            if whole and (row.split_dim is not None or self.context.sequence_parallel):
+                found.append(parameter)
+        return found
+
+    def last_backward(self, last: bool) -> None:
+        """Say before a micro-batch whether it is the step's last."""
+        fsdp.last_backward(self, last, self.context)
+
+    def sum_gradients(self) -> None:
+        """After the last backward pass of a step: sum the gradients that FSDP has not."""
+        fsdp.sum_replicated_gradients(self.apart(), self.partial_over_tp(), self.context)
 
     def _sequence_info(self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None) -> SequenceInfo:
         batch, length = tokens.shape
@@ -142,14 +184,16 @@ def build(
     precision: str = "fp32",
     seed: int = 1234,
     device: torch.device | str | None = None,
+    recompute: RecomputeConfig | None = None,
 ) -> LanguageModel:
     """The model of `config` on this rank's device, sharded over the context's mesh, with its initial weights.
 
     `precision` is the compute dtype ("bf16", "fp32", "fp64"); weights are kept in fp32 (fp64). `seed` fixes the initial
-    weights, which are the same on every mesh. `device="meta"` gives the unsharded skeleton without memory.
+    weights, which are the same on every mesh. `device="meta"` gives the skeleton without FSDP and memory. Raises ValueError
+    for a model that the context's tp cannot share out.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    model = LanguageModel(config, context, dtype)
+    model = LanguageModel(config, context, dtype, recompute or RecomputeConfig())
     if device is not None and torch.device(device).type == "meta":
         return model
     units: list[nn.Module] = [*model.layers]

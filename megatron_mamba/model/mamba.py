@@ -11,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, row_parallel
+from megatron_mamba.parallel.linear import column_parallel, shared_sum, sum_partial
 
 
 class Mamba(TableModule):
@@ -28,7 +28,11 @@ class Mamba(TableModule):
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: RecurrentState | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`; with `state`, starts from it and leaves the final one in it."""
-        x, z = self._project(x_TD)
+        return sum_partial(self.inside(self._mix, self._project(x_TD), info, state), self.context)
+
+    def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: RecurrentState | None) -> Tensor:
+        """From the projected `[T, x + z]` to this rank's part of the output's sum, `[T, D]`."""
+        x, z = packed_TC.chunk(2, dim=-1)
         x, conv_state = causal_conv1d(
             x.unflatten(0, (info.batch, info.length)),
             self.local("conv_weight"),
@@ -54,31 +58,31 @@ class Mamba(TableModule):
         )
         if state is not None:
             state.conv, state.ssm = conv_state, ssm_state
-        return row_parallel(swiglu(z, y.flatten(0, 1)), self.local("out_proj"), self.context)
+        return F.linear(swiglu(z, y.flatten(0, 1)), self.local("out_proj"))
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
         """One token of every row: x `[B, D]` -> `[B, D]`, `state` updated in place."""
-        x, z = self._project(x_BD)
+        x, z = self._project(x_BD).chunk(2, dim=-1)
         x = causal_conv1d_step(state.conv, x, self.local("conv_weight"), self.local("conv_bias"), activation="silu")
         dt, B, C = self._select(x)
         A, D, dt_bias = -self.local("A_log").exp(), self.local("D"), self.local("dt_bias")
         y = selective_scan_step(state.ssm, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-        return row_parallel(swiglu(z, y), self.local("out_proj"), self.context)
+        return sum_partial(F.linear(swiglu(z, y), self.local("out_proj")), self.context)
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zero state for `batch` rows; its size does not depend on `capacity`."""
-        channels = self.local("D").shape[0]
+        channels = self.local_units("D")
         wide = torch.promote_types(dtype, torch.float32)
         return RecurrentState(
             conv=torch.zeros(batch, self.conv_width - 1, channels, device=device, dtype=dtype),
             ssm=torch.zeros(batch, channels, self.state_size, device=device, dtype=wide),
         )
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, z = column_parallel(x, [self.local("in_proj_x"), self.local("in_proj_z")], self.context).chunk(2, dim=-1)
-        return x, z
+    def _project(self, x: Tensor) -> Tensor:
+        weights = [self.local("in_proj_x"), self.local("in_proj_z")]
+        return column_parallel(x, weights, self.context, gather_again=self.recompute == "selective")
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt `[..., e]`, B and C `[..., N]` from the convolved x `[..., e]`."""
-        dt_R, B, C = row_parallel(x, self.local("x_proj"), self.context).split(self.parts, dim=-1)
+        dt_R, B, C = shared_sum(F.linear(x, self.local("x_proj")), self.context).split(self.parts, dim=-1)
         return F.linear(dt_R, self.local("dt_proj")), B, C

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_kernels import causal_conv1d, causal_conv1d_step, gated_norm, ssd, ssd_step
@@ -10,13 +13,14 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, row_parallel
+from megatron_mamba.parallel.linear import column_parallel, group_sum, sum_partial
 
 
 class Mamba2(TableModule):
     """``out_proj(group_norm(SSD(conv(x, B, C), dt) * silu(z)))``; z, x, B, C and dt are projections of the input.
 
-    Everything between the two projections is local to the heads of this rank: one reduction a layer.
+    Everything between the two projections is local to the heads of this rank: one reduction a layer. Where ranks share a
+    group (tp > n_groups) they hold the same B and C, and sum one number a token for its norm.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
@@ -24,10 +28,19 @@ class Mamba2(TableModule):
         c = config.mamba2
         self.head_dim, self.state_size, self.conv_width, self.eps = c.head_dim, c.state_size, c.conv_width, config.norm_eps
         self.group_size = c.d_inner // c.n_groups
+        heads, groups = self.local_units("A_log"), self.local_units("in_proj_B")
+        self.inner, self.group_channels = heads * c.head_dim, groups * c.state_size
+        self.heads = heads
+        # With fewer groups than ranks, a rank holds a part of one group.
+        self.sum_parts = partial(group_sum, groups=c.n_groups, context=context) if self.inner < self.group_size else None
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: RecurrentState | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`; with `state`, starts from it and leaves the final one in it."""
-        z, conv_in, dt = (part.unflatten(0, (info.batch, info.length)) for part in self._project(x_TD))
+        return sum_partial(self.inside(self._mix, self._project(x_TD), info, state), self.context)
+
+    def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: RecurrentState | None) -> Tensor:
+        """From the projected `[T, z + x + B + C + dt]` to this rank's part of the output's sum, `[T, D]`."""
+        z, conv_in, dt = self._unpack(packed_TC.unflatten(0, (info.batch, info.length)))
         weight, bias = self._conv()
         conv_out, conv_state = causal_conv1d(
             conv_in,
@@ -58,36 +71,39 @@ class Mamba2(TableModule):
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
         """One token of every row: x `[B, D]` -> `[B, D]`, `state` updated in place."""
-        z, conv_in, dt = self._project(x_BD)
+        z, conv_in, dt = self._unpack(self._project(x_BD))
         weight, bias = self._conv()
         x, B, C = self._split(causal_conv1d_step(state.conv, conv_in, weight, bias, activation="silu"))
         A, D, dt_bias = -self.local("A_log").exp(), self.local("D"), self.local("dt_bias")
         y = ssd_step(state.ssm, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-        return self._output(y.flatten(-2), z)
+        return sum_partial(self._output(y.flatten(-2), z), self.context)
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zero state for `batch` rows; its size does not depend on `capacity`."""
-        heads, channels = self.local("A_log").shape[0], self._conv()[0].shape[0]
         wide = torch.promote_types(dtype, torch.float32)
         return RecurrentState(
-            conv=torch.zeros(batch, self.conv_width - 1, channels, device=device, dtype=dtype),
-            ssm=torch.zeros(batch, heads, self.head_dim, self.state_size, device=device, dtype=wide),
+            conv=torch.zeros(batch, self.conv_width - 1, self.inner + 2 * self.group_channels, device=device, dtype=dtype),
+            ssm=torch.zeros(batch, self.heads, self.head_dim, self.state_size, device=device, dtype=wide),
         )
 
-    def _project(self, x: Tensor) -> list[Tensor]:
+    def _project(self, x: Tensor) -> Tensor:
         weights = [self.local(f"in_proj_{part}") for part in ("z", "x", "B", "C", "dt")]
-        e, _, n, _, h = (w.shape[0] for w in weights)
-        return list(column_parallel(x, weights, self.context).split([e, e + 2 * n, h], dim=-1))
+        return column_parallel(x, weights, self.context, gather_again=self.recompute == "selective")
+
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, the input of the convolution (x, B, C) and dt, views of the projections' output."""
+        z, conv_in, dt = packed.split([self.inner, self.inner + 2 * self.group_channels, self.heads], dim=-1)
+        return z, conv_in, dt
 
     def _conv(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.local(f"conv_{part}_weight") for part in ("x", "B", "C")])
         return weight, torch.cat([self.local(f"conv_{part}_bias") for part in ("x", "B", "C")])
 
     def _split(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        e, n = self.local("D").shape[0] * self.head_dim, self.local("conv_B_bias").shape[0]
-        x, B, C = conv_out.split([e, n, n], dim=-1)
+        x, B, C = conv_out.split([self.inner, self.group_channels, self.group_channels], dim=-1)
         return x.unflatten(-1, (-1, self.head_dim)), *(t.unflatten(-1, (-1, self.state_size)) for t in (B, C))
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        y = gated_norm(y, z, self.local("norm_weight"), group_size=self.group_size, eps=self.eps)
-        return row_parallel(y, self.local("out_proj"), self.context)
+        weight, size = self.local("norm_weight"), self.group_size
+        y = gated_norm(y, z, weight, group_size=size, eps=self.eps, sum_parts=self.sum_parts)
+        return F.linear(y, self.local("out_proj"))

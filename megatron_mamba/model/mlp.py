@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_kernels import gelu, squared_relu, swiglu
@@ -10,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, row_parallel
+from megatron_mamba.parallel.linear import column_parallel, sum_partial
 
 
 class MLP(TableModule):
@@ -22,16 +23,20 @@ class MLP(TableModule):
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
+        names = ["gate_proj", "up_proj"] if self.activation == "swiglu" else ["up_proj"]
+        weights = [self.local(name) for name in names]
+        hidden = column_parallel(x_TD, weights, self.context, gather_again=self.recompute == "selective")
+        return sum_partial(self.inside(self._mix, hidden), self.context)
+
+    def _mix(self, hidden: Tensor) -> Tensor:
+        """From the projected `[T, f]` (`[T, gate + up]`) to this rank's part of the output's sum, `[T, D]`."""
         if self.activation == "swiglu":
-            weights = [self.local("gate_proj"), self.local("up_proj")]
-            hidden = swiglu(*column_parallel(x_TD, weights, self.context).chunk(2, dim=-1))
+            hidden = swiglu(*hidden.chunk(2, dim=-1))
+        elif self.activation == "squared_relu":
+            hidden = squared_relu(hidden)
         else:
-            hidden = column_parallel(x_TD, [self.local("up_proj")], self.context)
-            if self.activation == "squared_relu":
-                hidden = squared_relu(hidden)
-            else:
-                hidden = gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return row_parallel(hidden, self.local("down_proj"), self.context)
+            hidden = gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return F.linear(hidden, self.local("down_proj"))
 
     step = forward
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from megatron_mamba.layout import Recompute
 from megatron_mamba.model.parameters import ParameterSpec
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.context import ParallelContext
@@ -17,6 +20,8 @@ from megatron_mamba.parallel.context import ParallelContext
 
 class TableModule(nn.Module):
     """Registers its rows of the parameter table as DTensors over tp, and hands out this rank's part of each."""
+
+    recompute: Recompute = "none"
 
     def __init__(self, rows: Sequence[ParameterSpec], context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
@@ -30,6 +35,22 @@ class TableModule(nn.Module):
         """This rank's part of parameter `name` as a plain tensor: its slice, or the whole of a replicated one."""
         row = self.rows[name]
         return tensor.local_part(getattr(self, name), row.split_dim, row.units, self.context)
+
+    def local_units(self, name: str) -> int:
+        """How many of the units (heads, groups, channels) of parameter `name` this rank computes with."""
+        row = self.rows[name]
+        return tensor.local_units(row.split_dim, row.units, self.context)
+
+    def inside(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``function(*inputs)``, what lies between a mixer's projections: computed again in the backward pass if the mixer
+        is recomputed selectively."""
+        return recomputed(function, *inputs) if self.recompute == "selective" else function(*inputs)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function(*inputs)`` of which the backward pass keeps the inputs only and computes the rest again."""
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 @dataclass

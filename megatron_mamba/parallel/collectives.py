@@ -1,7 +1,7 @@
 """Collectives that autograd sees. Each is the identity on a group of one.
 
 Names say what happens in the forward pass; the backward pass does the adjoint. Tensors are `[T, ...]` and gathered or
-scattered along dimension 0.
+scattered along dimension 0, rank after rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Newer versions of torch warn about the older names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective under way; `wait` returns its result. The input stays alive until then."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None, source: Tensor | None = None) -> None:
+        self._result, self._work, self._source = result, work, source
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._source = None
+        return self._result
+
+
+def start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """All ranks' `x` `[t, ...]`, concatenated to `[T, ...]`; outside autograd."""
+    if group.size() == 1:
+        return Pending(x, None)
+    x = x.contiguous()
+    whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    return Pending(whole, _all_gather(whole, x, group=group, async_op=True), x)
+
+
+def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum over ranks of `x` `[T, ...]`, of which each rank gets its `[t, ...]`; outside autograd.
+
+    Raises ValueError where T is not a multiple of the number of ranks.
+    """
+    if group.size() == 1:
+        return Pending(x, None)
+    if x.shape[0] % group.size():
+        raise ValueError(f"{x.shape[0]} rows cannot be scattered over {group.size()} ranks: make them a multiple")
+    x = x.contiguous()
+    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Pending(part, _reduce_scatter(part, x, group=group, async_op=True), x)
+
+
+def start_sum(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum of `x` over ranks, in place; outside autograd."""
+    return Pending(x, dist.all_reduce(x, group=group, async_op=True) if group.size() > 1 else None)
+
+
+def reduce_(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
+    """`x` reduced in place over `group` ("sum" or "max"), outside autograd."""
+    if group.size() > 1:
+        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+    return x
+
 
 class _Copy(torch.autograd.Function):
     @staticmethod
@@ -21,21 +73,39 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return reduce_(x.clone(memory_format=torch.contiguous_format), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return start_gather(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return start_scatter(grad, ctx.group).wait(), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return start_scatter(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return start_gather(grad, ctx.group).wait(), None
 
 
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -44,12 +114,15 @@ def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of `x` over `group`; every rank goes on with the same value, so the gradient passes unchanged."""
+    """Sum of `x` over `group`; every rank goes on with the same value in the same way, so the gradient passes unchanged."""
     return x if group.size() == 1 else _AllReduce.apply(x, group)
 
 
-def reduce_(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
-    """`x` reduced in place over `group` ("sum" or "max"), outside autograd."""
-    if group.size() > 1:
-        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
-    return x
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`x` `[t, ...]` of all ranks as `[T, ...]`, used differently on each rank: the gradient is summed and scattered."""
+    return x if group.size() == 1 else _Gather.apply(x, group)
+
+
+def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over ranks of `x` `[T, ...]`, split by rows to `[t, ...]`; the gradient is gathered."""
+    return x if group.size() == 1 else _Scatter.apply(x, group)

@@ -22,6 +22,11 @@ class ParallelContext:
 
     mesh: DeviceMesh
     device: torch.device
+    sequence_parallel: bool = False
+    """The residual stream is split over tp by tokens."""
+    reshard_after_forward: bool = True
+    reduce_every_micro_batch: bool = False
+    """What FSDP keeps between its uses: see config.ParallelConfig."""
 
     @classmethod
     def create(cls, config: ParallelConfig, device: str = "auto", deterministic: bool = False) -> ParallelContext:
@@ -47,7 +52,19 @@ class ParallelContext:
                 dist.init_process_group(backend, timeout=timeout)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return cls(init_device_mesh(device, _sizes(config, dist.get_world_size()), mesh_dim_names=MESH_DIMENSIONS), local)
+        mesh = init_device_mesh(device, config.sizes(dist.get_world_size()), mesh_dim_names=MESH_DIMENSIONS)
+        return cls.over(mesh, local, config)
+
+    @classmethod
+    def over(cls, mesh: DeviceMesh, device: torch.device, config: ParallelConfig) -> ParallelContext:
+        """The context of an existing mesh with the dimensions of :data:`MESH_DIMENSIONS`."""
+        return cls(
+            mesh,
+            device,
+            sequence_parallel=config.sequence_parallel,
+            reshard_after_forward=config.reshard_after_forward,
+            reduce_every_micro_batch=config.reduce_gradients == "micro_batch",
+        )
 
     def size(self, dimension: str) -> int:
         """Number of ranks along `dimension`."""
@@ -104,20 +121,3 @@ class ParallelContext:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-def _sizes(config: ParallelConfig, world_size: int) -> tuple[int, ...]:
-    fixed = config.pp * config.dp_replicate * config.cp * config.tp
-    dp_shard = config.dp_shard if config.dp_shard != -1 else max(world_size // fixed, 1)
-    if fixed * dp_shard != world_size:
-        if world_size % fixed == 0:
-            remedy = f"Set parallel.dp_shard={world_size // fixed} (or -1)"
-        else:
-            remedy = f"Start a multiple of {fixed} ranks, or choose sizes whose product divides {world_size}"
-        raise ConfigError(
-            "parallel.dp_shard",
-            config.dp_shard,
-            f"pp {config.pp} x dp_replicate {config.dp_replicate} x dp_shard {dp_shard} x cp {config.cp} x tp {config.tp} "
-            f"= {fixed * dp_shard} ranks, but {world_size} are running",
-            remedy,
-        )
-    return (config.pp, config.dp_replicate, dp_shard, config.cp, config.tp)

@@ -2,18 +2,22 @@
 
 Matrices are sharded per layer and gathered in the compute dtype. Parameters that stay fp32 in compute (A_log, D,
 dt_bias, norm weights) are small: they are replicated over data-parallel ranks and their gradients travel together in
-one sum at the end of the last backward pass of a step.
+one sum at the end of the last backward pass of a step, as do those of parameters that are replicated over tp though
+each tp rank sees a part of the tokens (norm weights under sequence parallelism) or of the heads (fewer groups than ranks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from megatron_mamba.parallel.collectives import reduce_
 from megatron_mamba.parallel.context import ParallelContext
 
 
@@ -22,23 +26,41 @@ def shard(
 ) -> None:
     """Shard each of `units` (in order of use) and then `root` over the data-parallel mesh, in place.
 
-    Gathered in `compute_dtype`; gradients are summed (not averaged) in the parameters' own dtype. The parameters in
-    `apart` stay whole on every rank, see :func:`sum_replicated_gradients`.
+    Gathered in `compute_dtype`, the next unit's while this one computes; gradients are summed (not averaged) in the
+    parameters' own dtype. The parameters in `apart` stay whole on every rank, see :func:`sum_replicated_gradients`.
     """
-    mesh = context.mesh["dp_replicate", "dp_shard"]
+    mesh = context.mesh["dp_replicate", "dp_shard"] if context.size("dp_replicate") > 1 else context.mesh["dp_shard"]
+    units = list(units)
     some = next(root.parameters())
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=some.dtype, cast_forward_inputs=False)
     for module in (*units, root):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=module is not root)
+        again = context.reshard_after_forward and module is not root
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=apart, reshard_after_forward=again)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
 
 
-def last_backward(root: nn.Module, last: bool) -> None:
-    """Tell FSDP whether the next backward pass is the step's last: only then are gradients reduced over ranks."""
+    for module, following in pairwise(units):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        module.set_modules_to_forward_prefetch([following])
+
+
+def last_backward(root: nn.Module, last: bool, context: ParallelContext) -> None:
+    """Tell FSDP whether the next micro-batch is the step's last: gradients are summed over ranks then (or, if asked for,
+    each time; over replicas only then), and gathered weights that were to be kept are given up."""
     assert isinstance(root, FSDPModule)
-    root.set_requires_gradient_sync(last)
+    root.set_requires_gradient_sync(last or context.reduce_every_micro_batch)
+    root.set_requires_all_reduce(last)
+    root.set_reshard_after_backward(last or context.reshard_after_forward)
+
+
+def reshard(root: nn.Module) -> None:
+    """Give up gathered weights that a forward pass without a backward pass left behind."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,12 +68,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sum_replicated_gradients(apart: Iterable[nn.Parameter], context: ParallelContext) -> None:
-    """Sum the gradients of the parameters kept apart over the data-parallel ranks: one flat collective for all."""
-    if context.dp_size == 1:
+def sum_replicated_gradients(
+    apart: Iterable[nn.Parameter], partial_over_tp: Iterable[nn.Parameter], context: ParallelContext
+) -> None:
+    """After a step's last backward pass: sum the gradients of the parameters kept `apart` over the data-parallel ranks and
+    those of `partial_over_tp` over tp, in one flat collective each."""
+    _sum_flat(apart, [context.group(d) for d in ("dp_shard", "dp_replicate") if context.size(d) > 1])
+    _sum_flat(partial_over_tp, [context.group("tp")] if context.size("tp") > 1 else [])
+
+
+def _sum_flat(parameters: Iterable[nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> None:
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if not gradients or not groups:
         return
-    gradients = [local(p.grad) for p in apart if p.grad is not None]
-    flat = context.sum_over_dp(torch.cat([g.flatten() for g in gradients]))
+    flat = torch.cat([g.flatten() for g in gradients])
+    for group in groups:
+        reduce_(flat, group)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 

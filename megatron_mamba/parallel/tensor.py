@@ -18,9 +18,14 @@ def is_split(split_dim: int | None, units: int, context: ParallelContext) -> boo
 def declare(
     shape: tuple[int, ...], split_dim: int | None, units: int, context: ParallelContext, dtype: torch.dtype
 ) -> DTensor:
-    """A DTensor of global `shape` on the meta device, split over tp along `split_dim` in whole `units`."""
+    """A DTensor of global `shape` on the meta device, split over tp along `split_dim` in whole `units`.
+
+    Raises ValueError where tp ranks can neither share out the units nor, several to a unit, share them.
+    """
     sizes = list(shape)
     placement: Shard | Replicate = Replicate()
+    if split_dim is not None and units % context.size("tp") and context.size("tp") % units:
+        raise ValueError(f"{units} units of a parameter of shape {shape} cannot be shared by {context.size('tp')} tp ranks")
     if split_dim is not None and is_split(split_dim, units, context):
         sizes[split_dim] //= context.size("tp")
         placement = Shard(split_dim)
@@ -34,6 +39,11 @@ def local_part(parameter: Tensor, split_dim: int | None, units: int, context: Pa
         return part
     size = part.shape[split_dim] // units
     return part.narrow(split_dim, context.rank("tp") * units // context.size("tp") * size, size)
+
+
+def local_units(split_dim: int | None, units: int, context: ParallelContext) -> int:
+    """How many of the `units` a tp rank computes with."""
+    return units if split_dim is None else max(units // context.size("tp"), 1)
 
 
 def owned_slices(

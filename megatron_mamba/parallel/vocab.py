@@ -12,20 +12,22 @@ from torch import Tensor
 from mamba_kernels import softmax_gradient, softmax_statistics
 from megatron_mamba.parallel import collectives
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.linear import all_tokens, sum_partial
 
 IGNORE = -100
 """Label of a token that is left out of the loss."""
 
 
-def embed(tokens: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
-    """Rows of the embedding: tokens `[...]` int64 in [0, V), weight `[v, D]` -> `[..., D]`; one sum over tp."""
+def embed(tokens_T: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
+    """Rows of the embedding: tokens `[T]` int64 in [0, V), weight `[v, D]` -> `[T, D]` (`[t, D]` with sequence
+    parallelism); one sum over tp."""
     start = context.rank("tp") * weight_vD.shape[0]
-    local = tokens - start
+    local = tokens_T - start
     here = (local >= 0) & (local < weight_vD.shape[0])
     rows = F.embedding(local.where(here, 0), weight_vD)
     if context.size("tp") > 1:
         rows = rows * here.unsqueeze(-1)
-    return collectives.all_reduce(rows, context.group("tp"))
+    return sum_partial(rows, context)
 
 
 def logits(hidden: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
@@ -43,8 +45,9 @@ def cross_entropy(
 ) -> Tensor:
     """``scale * sum_t CE(softmax(hidden_t W^T), label_t)`` without ever holding logits of more than `chunk_tokens` tokens.
 
-    hidden `[T, D]`, weight `[v, D]`, labels `[T]` int64 (:data:`IGNORE`, or any negative, is left out); returns an fp32
-    (fp64) scalar in nats. Gradients of hidden and weight are computed in the forward pass while a chunk's logits exist.
+    hidden `[T, D]` (`[t, D]` with sequence parallelism), weight `[v, D]`, labels `[T]` int64 (:data:`IGNORE`, or any
+    negative, is left out); returns an fp32 (fp64) scalar in nats, the same on every tp rank. Gradients of hidden and
+    weight are computed in the forward pass while a chunk's logits exist.
     """
     with_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_vD.requires_grad)
     return _CrossEntropy.apply(hidden_TD, weight_vD, labels_T, context, scale, chunk_tokens, with_gradient)
@@ -54,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        x: Tensor,
         weight: Tensor,
         labels: Tensor,
         context: ParallelContext,
@@ -63,7 +66,8 @@ class _CrossEntropy(torch.autograd.Function):
         with_gradient: bool,
     ) -> Tensor:
         group = context.group("tp")
-        start = context.rank("tp") * weight.shape[0]
+        first = context.rank("tp") * weight.shape[0]
+        hidden = all_tokens(x, context)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         if with_gradient:
@@ -73,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
             rows = slice(begin, begin + chunk_tokens)
             h_TD, target_T = hidden[rows], labels[rows]
             logits_Tv = F.linear(h_TD, weight)
-            local_max, local_sum, target_logit = softmax_statistics(logits_Tv, target_T, start)
+            local_max, local_sum, target_logit = softmax_statistics(logits_Tv, target_T, first)
             high = collectives.reduce_(local_max.clone(), group, "max")
             # One sum carries both what is still partial: the normaliser and the target's logit.
             sums = torch.stack([local_sum * (local_max - high).exp(), target_logit])
@@ -82,14 +86,15 @@ class _CrossEntropy(torch.autograd.Function):
             counted = target_T >= 0
             loss += ((log_sum_exp - target_logit) * counted).sum() * scale
             if with_gradient:
-                grad_Tv = softmax_gradient(logits_Tv, target_T, log_sum_exp, counted.to(wide) * scale, start)
+                grad_Tv = softmax_gradient(logits_Tv, target_T, log_sum_exp, counted.to(wide) * scale, first)
                 torch.mm(grad_Tv, weight, out=ctx.hidden_grad[rows])
                 if ctx.weight_grad.dtype == grad_Tv.dtype:
                     ctx.weight_grad.addmm_(grad_Tv.T, h_TD)
                 else:
                     ctx.weight_grad += grad_Tv.T @ h_TD
         if with_gradient:
-            collectives.reduce_(ctx.hidden_grad, group)
+            start = collectives.start_scatter if context.sequence_parallel else collectives.start_sum
+            ctx.hidden_grad = start(ctx.hidden_grad, group).wait()
             ctx.weight_dtype = weight.dtype
         return loss
 

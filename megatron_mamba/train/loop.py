@@ -70,9 +70,10 @@ class Trainer:
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         self.data = build_datasets(config)
-        self.model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed)
+        self.model = build(
+            config.model, context, precision=config.trainer.precision, seed=config.run.seed, recompute=config.recompute
+        )
         self.parameters = list(self.model.parameters())
-        self.apart = self.model.apart()
         self.table = parameter_table(config.model)
         self.optimizer = build_optimizer(self.model.named_parameters(), self.table, config.optim)
         self.manager = CheckpointManager(
@@ -148,13 +149,13 @@ class Trainer:
         scale = 1.0 / max(targets, 1)
         loss = torch.zeros((), dtype=torch.float64, device=context.device)
         for i, batch in enumerate(batches):
-            fsdp.last_backward(self.model, i == count_micro - 1)
+            self.model.last_backward(i == count_micro - 1)
             with self.timer.phase("forward"):
                 part = self._loss(batch, scale)
                 loss += part.detach()
             with self.timer.phase("backward"):
                 part.backward()
-        fsdp.sum_replicated_gradients(self.apart, context)
+        self.model.sum_gradients()
         with self.timer.phase("optimizer"):
             lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
             norm = global_grad_norm(self.parameters, context)
@@ -220,6 +221,7 @@ class Trainer:
                 totals[1] += (batch.labels_BS >= 0).sum()
                 bar.update()
             loss, tokens = self.context.sum_over_dp(totals).tolist()
+        fsdp.reshard(self.model)
         record = {"step": self.step, "consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
         self.metrics.log(record | {"loss": loss / max(tokens, 1), "tokens": int(tokens)}, kind=split)
 
@@ -362,8 +364,8 @@ def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None
                 f"the checkpoint {path} is of another model, with {old.get(key)!r}",
                 "Give the run another run.dir, or the model it was started with",
             )
-    for group in ("data", "optim", "trainer", "parallel"):
-        changed = [key for key in ours[group] if saved[group].get(key) != ours[group][key]]
+    for group in ("data", "optim", "trainer", "parallel", "recompute"):
+        changed = [key for key in ours[group] if saved.get(group, {}).get(key) != ours[group][key]]
         if changed:
             log.warning("resuming with other settings than the checkpoint's: %s", ", ".join(f"{group}.{k}" for k in changed))
 
