@@ -2,8 +2,11 @@
 
     python tools/bench_train.py model=hybrid_8b "model.pattern=M-M*-M-" data.seq_length=4096 trainer.micro_batch_size=2
 
+    torchrun --nproc-per-node 2 tools/bench_train.py model=hybrid_8b parallel=tp2 recompute=selective ...
+
 Takes the settings of megatron_mamba.train; the data is random tokens. A step is forward, backward, clipping and AdamW on one
-micro-batch; the floor is the model's exact FLOPs at the matrix-product rate measured in the same run.
+micro-batch; the floor is the model's exact FLOPs at the matrix-product rate measured in the same run. Figures are a rank's;
+tokens/s and memory are per GPU.
 """
 
 from __future__ import annotations
@@ -50,21 +53,24 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, device)
 
 
-def measure(config: Config) -> dict[str, float]:
-    """Seconds of the step and its parts, tokens/s, fraction of the floor, peak memory in GiB."""
+def measure(config: Config) -> dict[str, float] | None:
+    """Seconds of the step and its parts, tokens/s, fraction of the floor, peak memory in GiB; None on later ranks."""
     context = ParallelContext.create(config.parallel, config.trainer.device)
     device, batch, length = context.device, config.trainer.micro_batch_size, config.data.seq_length
     rate = matmul_rate(device, DTYPES[config.trainer.precision])
     model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed, recompute=config.recompute)
     optimizer = build_optimizer(model.named_parameters(), parameter_table(config.model), config.optim)
     parameters = list(model.parameters())
+    torch.manual_seed(context.dp_rank)  # the ranks of one sample read the same tokens
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1), device=device)
+    sharing = context.world_size // context.dp_size
 
     def forward() -> torch.Tensor:
         scale, chunk = 1 / (batch * length), config.trainer.loss_chunk_tokens
         return model(tokens[:, :-1], labels_BS=tokens[:, 1:], scale=scale, chunk_tokens=chunk)
 
     def update() -> None:
+        model.sum_gradients()
         clip_(parameters, global_grad_norm(parameters, context), config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -74,20 +80,21 @@ def measure(config: Config) -> dict[str, float]:
         update()
 
     whole, part = median_seconds(step, device), median_seconds(lambda: forward().backward(), device)
-    flops = 3 * flops_per_token(config.model, length) * batch * length
+    flops = 3 * flops_per_token(config.model, length) * batch * length / sharing
     result = {
         "parameters": float(count(config.model)),
         "step s": whole,
         "forward+backward s": part,
-        "tokens/s": batch * length / whole,
+        "tokens/s": batch * length / whole / sharing,
         "TFLOP/s": flops / whole / 1e12,
         "matmul TFLOP/s": rate / 1e12,
         "floor s": flops / rate,
         "of floor": flops / rate / whole,
         "peak GiB": memory_gib(device)["memory_gib"],
     }
+    main_rank = context.global_rank == 0
     context.close()
-    return result
+    return result if main_rank else None
 
 
 def main(argv: list[str]) -> int:
@@ -98,8 +105,12 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = measure(config)
+    if result is None:
+        return 0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     what = f"{config.model.name} {config.model.pattern} in {config.trainer.precision}"
+    parallel = config.parallel
+    what += f", tp {parallel.tp}{' sequence-parallel' if parallel.sequence_parallel else ''}"
     table = Table(title=f"{what}, {device}, torch {torch.__version__}")
     for name in result:
         table.add_column(name, justify="right", no_wrap=True)
