@@ -70,7 +70,8 @@ class ParallelConfig:
             if world_size % fixed == 0:
                 remedy = f"Set parallel.dp_shard={world_size // fixed} (or -1)"
             else:
-                remedy = f"Start a multiple of {fixed} ranks, or choose sizes whose product divides {world_size}"
+                ranks = f"a multiple of {fixed}" if self.dp_shard == -1 else f"{fixed * dp_shard}"
+                remedy = f"Start {ranks} ranks, or choose sizes whose product divides {world_size}"
             raise ConfigError(
                 "parallel.dp_shard",
                 self.dp_shard,

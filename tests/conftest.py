@@ -13,16 +13,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say by how much ranks differed from one rank, over all meshes."""
-    figures, seconds = [], 0.0
+    """Say by how much ranks differed from one rank, over all meshes and with each planted bug, and what all started from."""
+    figures, seconds, planted, weights = [], 0.0, {}, []
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in getattr(report, "user_properties", ()):
             if name == "parity" and report.when == "call":
                 figures += value
                 seconds += report.duration
+            if name == "planted" and report.when == "call":
+                planted |= value
+            if name == "initial weights" and report.when == "call":
+                weights.append(value)
     if figures:
         largest = {kind: max(case[kind] for case in figures) for kind in figures[0]}
         shown = ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items())
         terminalreporter.write_line(
             f"ranks against one rank: {len(figures)} cases in {seconds:.0f} s; largest differences: {shown}"
         )
+    if weights:
+        terminalreporter.write_line(f"initial weights: sha256 {' '.join(sorted({*weights}))} on one rank and {len(weights)} meshes")
+    for bug, differences in planted.items():
+        shown = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
+        terminalreporter.write_line(f"planted: {bug}: {shown}")

@@ -1,7 +1,7 @@
 """Models to and from Hugging Face folders, a tensor at a time.
 
-:func:`export` asks for one parameter after the other, in a fixed order, and holds at most one shard, so its source may be
-a module, a checkpoint on disk or a mesh of ranks that gathers each tensor as it is asked for. :func:`import_` is the same
+:func:`export` asks for one parameter after the other, in a fixed order, and holds one tensor at a time, so its source may
+be a module, a checkpoint on disk or a mesh of ranks that gathers each tensor as it is asked for. :func:`import_` is the same
 table (hf_classes.py) read the other way; export followed by import returns every tensor bit for bit, except norm weights
 of a model that only fits a class with the other convention (weight or weight - 1).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_mamba.checkpoint.hf_classes import HFClass, HFExportError, HFImportError, HFTensor, choose
 from megatron_mamba.checkpoint.hf_config import model_card, read_config, write_config
 from megatron_mamba.checkpoint.hf_tokenizer import write_tokenizer
+from megatron_mamba.checkpoint.storage import Entry, write_safetensors
 from megatron_mamba.config import ModelConfig
 
 __all__ = ["HFExportError", "HFImportError", "choose", "export", "hf_tensors", "import_", "parse_size"]
@@ -80,11 +81,11 @@ def export(
 
 
 def hf_tensors(
-    cls: HFClass, config: ModelConfig, get: Callable[[str], Tensor], dtype: torch.dtype
-) -> Iterator[tuple[HFTensor, Tensor]]:
-    """The file's tensors one by one, on the CPU, in the file's dtype and in an order that is the same for every caller."""
+    cls: HFClass, config: ModelConfig, specs: Iterable[HFTensor], get: Callable[[str], Tensor], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The file's tensors one by one, on the CPU and in the file's dtype."""
     shift = {("layernorm", "layernorm1p"): -1.0, ("layernorm1p", "layernorm"): 1.0}.get((config.norm, cls.norm), 0.0)
-    for spec in cls.tensors(config):
+    for spec in specs:
         parts = []
         for name, shape in zip(spec.parts, spec.shapes, strict=True):
             if spec.layout == "zeros":
@@ -95,34 +96,34 @@ def hf_tensors(
             if shift and name.endswith("norm.weight"):
                 part = part + shift
             parts.append(part)
-        yield spec, spec.pack(parts).to(torch.float32 if spec.fp32 else dtype).contiguous()
+        yield spec.pack(parts).to(_stored(spec, dtype)).contiguous()
+
+
+def _stored(spec: HFTensor, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if spec.fp32 else dtype
 
 
 def _write_shards(
     folder: Path, cls: HFClass, config: ModelConfig, get: Callable[[str], Tensor], dtype: torch.dtype, max_shard_size: int
 ) -> None:
-    from safetensors.torch import save_file
-
-    sizes = {spec.key: spec.numel * (4 if spec.fp32 else dtype.itemsize) for spec in cls.tensors(config)}
-    shard_of, shard, filled = {}, 0, 0
-    for key, size in sizes.items():
+    shards: list[list[HFTensor]] = [[]]
+    total = filled = 0
+    for spec in cls.tensors(config):
+        size = spec.numel * _stored(spec, dtype).itemsize
         if filled and filled + size > max_shard_size:
-            shard, filled = shard + 1, 0
-        shard_of[key], filled = shard, filled + size
-    names = [f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for i in range(shard + 1)] if shard else [_SINGLE]
-    held: dict[str, Tensor] = {}
-    for spec, tensor in hf_tensors(cls, config, get, dtype):
-        index = shard_of[spec.key]
-        # save_file refuses tensors that share memory, as ours do when `get` returns views.
-        held[spec.key] = tensor.clone()
-        if sum(1 for i in shard_of.values() if i == index) == len(held):
-            save_file(held, folder / names[index], metadata={"format": "pt"})
-            # Some versions of safetensors create files that only their owner can read.
-            (folder / names[index]).chmod(folder.joinpath("config.json").stat().st_mode)
-            held = {}
-    if shard:
-        weight_map = {key: names[index] for key, index in shard_of.items()}
-        _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled, total = filled + size, total + size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if shards[1:] else [_SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        # The widest dtype first, as the writer wants it.
+        shard.sort(key=lambda spec: -_stored(spec, dtype).itemsize)
+        entries = [Entry(spec.key, _stored(spec, dtype), spec.shape) for spec in shard]
+        write_safetensors(folder / name, entries, hf_tensors(cls, config, shard, get, dtype))
+    if shards[1:]:
+        weight_map = {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def import_(folder: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:

@@ -26,6 +26,7 @@ from megatron_mamba.checkpoint.storage import (
     rank_file,
     read_index,
     read_manifest,
+    read_safetensors_header,
 )
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,11 @@ def load(
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``CheckpointManager.save`` was given as metadata. Raises :class:`CheckpointError` if it is damaged."""
     path = Path(path)
+    if path.is_file():
+        kept = read_safetensors_header(path)[1]
+        if "config" not in kept:
+            raise CheckpointError(f"file {path} holds no configuration. Give a file that tools/consolidate.py wrote")
+        return {key: json.loads(value) for key, value in kept.items() if key != "format"}
     try:
         damage = find_damage(path, {METADATA: read_manifest(path)["files"][METADATA]})
     except CheckpointError as error:
@@ -115,13 +121,14 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that `path` means: a step's folder, the newest in a folder of checkpoints, or the newest of a run.
+    """The checkpoint that `path` means: a step's folder, the newest in a folder of checkpoints, the newest of a run, or a
+    single file that tools/consolidate.py wrote.
 
     Raises :class:`CheckpointError` where there is none, or where the newest is incomplete (:func:`load` checks the
     checksums).
     """
     path = Path(path).absolute()
-    if STEP_NAME.fullmatch(path.name) and path.is_dir():
+    if (STEP_NAME.fullmatch(path.name) and path.is_dir()) or (path.suffix == ".safetensors" and path.is_file()):
         return path
     for folder in (path, path / "checkpoints"):
         found = checkpoints(folder)
@@ -135,8 +142,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             )
         return found[0]
     raise CheckpointError(
-        f"{path} holds no checkpoint. Give a folder step_XXXXXXXX, a folder of such folders, or the folder of a run "
-        "with checkpoints/ in it"
+        f"{path} holds no checkpoint. Give a folder step_XXXXXXXX, a folder of such folders, the folder of a run with "
+        "checkpoints/ in it, or a .safetensors file of tools/consolidate.py"
     )
 
 
@@ -158,13 +165,18 @@ def shared_damage(
 ) -> list[str]:
     """Damage of a checkpoint; with `ranks` they share out the files and all get the same list.
 
-    `groups`: whose tensors to look at (default: all). `contents`: checksums, not only presence and sizes.
+    `groups`: whose tensors to look at (default: all). `contents`: checksums, not only presence and sizes (a single file
+    has none).
     """
+    files: dict[str, FileRecord] = {}
+    damage = []
     try:
-        files: dict[str, FileRecord] = read_manifest(path)["files"]
-        damage = []
+        if path.is_file():
+            read_safetensors_header(path)
+        else:
+            files = read_manifest(path)["files"]
     except CheckpointError as error:
-        files, damage = {}, [str(error)]
+        damage.append(str(error))
     if groups is not None:
         is_other = {name: name.endswith(".safetensors") and name.rpartition("_")[0] not in groups for name in files}
         files = {name: files[name] for name in files if not is_other[name]}

@@ -21,6 +21,7 @@ import secrets
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
 from megatron_mamba.checkpoint.loading import cause_of, checkpoints, flatten, shared_damage, step_of
 from megatron_mamba.checkpoint.ranks import Ranks
-from megatron_mamba.checkpoint.storage import METADATA, CheckpointError, Writer, rank_file, sync_folder, write_file
+from megatron_mamba.checkpoint.storage import (
+    METADATA,
+    CheckpointError,
+    Writer,
+    item_bytes,
+    rank_file,
+    sync_folder,
+    write_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -256,8 +266,31 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._local = local
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return super().create_global_plan(share_out(all_plans))
+
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         return self._local[index.fqn]
+
+
+def share_out(plans: list[SavePlan]) -> list[SavePlan]:
+    """Leave each piece to one of the ranks that hold it, so that all write about equally much.
+
+    Pieces that a single rank holds have no choice; then the largest come first, each to the rank with the least so far.
+    """
+    holders: dict[MetadataIndex, list[int]] = {}
+    sizes: dict[MetadataIndex, int] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            holders.setdefault(item.index, []).append(rank)
+            sizes[item.index] = item_bytes(item)
+    written, writer = [0] * len(plans), {}
+    for index in sorted(holders, key=lambda index: (len(holders[index]) > 1, -sizes[index])):
+        writer[index] = min(holders[index], key=lambda rank: written[rank])
+        written[writer[index]] += sizes[index]
+    return [
+        replace(plan, items=[item for item in plan.items if writer[item.index] == rank]) for rank, plan in enumerate(plans)
+    ]
 
 
 class _Staging:

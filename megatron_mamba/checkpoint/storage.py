@@ -18,12 +18,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
@@ -112,6 +112,78 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     return FileRecord(size, digest.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------------------- safetensors
+
+
+class Entry(NamedTuple):
+    """A tensor that a safetensors file is to hold."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], tensors: Iterable[torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[FileRecord, list[int]]:
+    """Write a new safetensors file a tensor at a time; returns its record and where in it each tensor starts.
+
+    `tensors` are the contents of `entries` in the same order, each taken when its turn comes and let go once written. Give
+    the widest dtype first, so that each starts at a multiple of its item size. Raises :class:`CheckpointError` for a dtype
+    that the format has not, or a tensor that is not what its entry says.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    starts, end = [], 0
+    for name, dtype, shape in entries:
+        if dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{name} has dtype {dtype}, which the safetensors layout cannot hold")
+        starts.append(end)
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[-1], end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    preamble = len(encoded).to_bytes(8, "little") + encoded
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield preamble
+        for entry, tensor in zip(entries, tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+                raise CheckpointError(f"{entry.name} is {tensor.dtype} {tuple(tensor.shape)}, not {entry.dtype} {entry.shape}")
+            yield tensor_bytes(tensor.detach().cpu().contiguous())
+
+    record = write_file(path, pieces())
+    return record, [len(preamble) + start for start in starts]
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
+    """The tensors of a safetensors file with where in it they start, by name, and its metadata.
+
+    Raises :class:`CheckpointError` for a file that is none, or that is shorter or longer than it says.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            name: (Entry(name, DTYPES[entry["dtype"]], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except OSError as error:
+        raise CheckpointError(f"file {path} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"file {path} is not a safetensors file: {error!r}") from error
+    expected = max((start + entry.nbytes for entry, start in tensors.values()), default=8 + length)
+    if size != expected:
+        raise CheckpointError(f"file {path}: expected {expected} bytes, found {size}")
+    return tensors, metadata
 
 
 # ------------------------------------------------------------------------------------------------------- manifest
@@ -251,6 +323,11 @@ def _chunk(item: WriteItem) -> ChunkStorageMetadata:
     return item.tensor_data.chunk
 
 
+def item_bytes(item: WriteItem) -> int:
+    """Size of the piece that `item` writes (``tensor_storage_size`` is that of the whole tensor)."""
+    return math.prod(_chunk(item).sizes) * _properties(item).dtype.itemsize
+
+
 def _file_result(name: str, record: FileRecord) -> WriteResult:
     return WriteResult(MetadataIndex(name), record.size, record)
 
@@ -258,28 +335,10 @@ def _file_result(name: str, record: FileRecord) -> WriteResult:
 def _write_tensors(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
     """Write chunks as a safetensors file; widest dtype first, so that each starts at a multiple of its item size."""
     items = sorted(items, key=lambda item: -_properties(item).dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, end = [], 0
-    for item in items:
-        chunk, dtype = _chunk(item), _properties(item).dtype
-        if dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{item.index.fqn} has dtype {dtype}, which the safetensors layout cannot hold")
-        starts.append(end)
-        end += math.prod(chunk.sizes) * dtype.itemsize
-        span = [starts[-1], end]
-        header[_key(item)] = {"dtype": DTYPE_NAMES[dtype], "shape": list(chunk.sizes), "data_offsets": span}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    preamble = len(encoded).to_bytes(8, "little") + encoded
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield preamble
-        for item in items:
-            tensor: torch.Tensor = planner.resolve_data(item)  # type: ignore[assignment]
-            yield tensor_bytes(tensor.detach().cpu().contiguous())
-
-    record = write_file(path, pieces())
-    places = [Location(path.name, len(preamble) + start) for start in starts]
+    entries = [Entry(_key(item), _properties(item).dtype, tuple(_chunk(item).sizes)) for item in items]
+    tensors = (cast(torch.Tensor, planner.resolve_data(item)) for item in items)
+    record, starts = write_safetensors(path, entries, tensors)
+    places = [Location(path.name, start) for start in starts]
     results = [WriteResult(item.index, record.size, place) for item, place in zip(items, places, strict=True)]
     return [*results, _file_result(path.name, record)]
 
@@ -315,25 +374,30 @@ def _index(metadata: Metadata, places: dict[MetadataIndex, Location]) -> bytes:
     return json.dumps(tensors, separators=(",", ":")).encode()
 
 
-def read_index(folder: Path) -> Metadata:
-    """The tensors of a checkpoint as torch.distributed.checkpoint sees them; ``storage_data`` says where chunks lie."""
+def read_index(path: Path) -> Metadata:
+    """The tensors of a checkpoint (a folder, or a single file of a model) as torch.distributed.checkpoint sees them;
+    ``storage_data`` says where chunks lie."""
+    if path.is_file():
+        whole = [(f"model.{name}", *found) for name, found in read_safetensors_header(path)[0].items()]
+        listed = [(name, e.dtype, e.shape, [([0] * len(e.shape), e.shape, path.name, start)]) for name, e, start in whole]
+    else:
+        raw = json.loads((path / INDEX).read_bytes())
+        listed = [(name, DTYPES[e["dtype"]], e["shape"], e["chunks"]) for name, e in raw.items()]
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, Location] = {}
-    for name, entry in json.loads((folder / INDEX).read_bytes()).items():
-        chunks = []
-        for offsets, sizes, file, start in entry["chunks"]:
-            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            places[MetadataIndex(name, offsets)] = Location(file, start)
-        properties = TensorProperties(DTYPES[entry["dtype"]])
-        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    for name, dtype, shape, chunks in listed:
+        pieces = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, _, _ in chunks]
+        places |= {MetadataIndex(name, offsets): Location(file, start) for offsets, _, file, start in chunks}
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), pieces)
     return Metadata(tensors, storage_data=places)
 
 
 class Reader(StorageReader):
     """Reads of a checkpoint only the rows that a rank needs, straight into its tensors."""
 
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        self.folder, self.metadata = folder, metadata
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        """`path`: a checkpoint's folder, or the single file; `metadata`: its :func:`read_index`."""
+        self.folder, self.metadata = path.parent if path.is_file() else path, metadata
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -364,21 +428,23 @@ class Reader(StorageReader):
         future.set_result(None)
         return future
 
+    @torch.no_grad()  # a thread's own setting: the caller's does not reach the pool
     def _read(self, item: ReadItem, planner: LoadPlanner, files: dict[str, int]) -> None:
         entry = self.metadata.state_dict_metadata[item.storage_index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
         place: Location = self.metadata.storage_data[item.storage_index]
         chunk = next(chunk for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
-        target = planner.resolve_tensor(item).detach()
+        target = planner.resolve_tensor(item)
         if target.dim() == 0:
             target, sizes, offsets, lengths = target.view(1), [1], [0], [1]
         else:
             sizes, offsets, lengths = list(chunk.sizes), list(item.storage_offsets), list(item.lengths)
         dtype, row_items = entry.properties.dtype, math.prod(sizes[1:])
-        rows_at_once = max(1, BLOCK_BYTES // (row_items * dtype.itemsize))
+        rows_at_once = max(1, min(BLOCK_BYTES // (row_items * dtype.itemsize), lengths[0]))
+        buffer = torch.empty([rows_at_once, *sizes[1:]], dtype=dtype)
         for row in range(0, lengths[0], rows_at_once):
             rows = min(rows_at_once, lengths[0] - row)
-            block = torch.empty([rows, *sizes[1:]], dtype=dtype)
+            block = buffer[:rows]
             start = place.start + (offsets[0] + row) * row_items * dtype.itemsize
             _read_exactly(files[place.file], tensor_bytes(block), start, self.folder / place.file)
             for dim in range(1, len(sizes)):

@@ -1,4 +1,4 @@
-"""A checkpoint as a model that computes: weights in the compute dtype, no optimizer and no sharding machinery."""
+"""A checkpoint as a model that computes: weights in the compute dtype, no optimizer, and no sharding but over tp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from megatron_mamba.parallel.context import ParallelContext
 def load_model(checkpoint: str | Path, context: ParallelContext, precision: str = "fp32") -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint on the context's device, ready to run without gradients, and the checkpoint's metadata.
 
-    `checkpoint` is a step's folder, a folder of checkpoints (the latest) or a run's folder. Weights are kept in
+    `checkpoint` is a step's folder, a folder of checkpoints (the latest), a run's folder or a single file, whatever mesh saved
+    it; a rank holds its part of the context's tp, and all data-parallel ranks the same. Weights are kept in
     `precision` ("bf16", "fp32", "fp64"); A_log, D, dt_bias and norm weights in at least fp32. Raises CheckpointError for
     a checkpoint that is missing, damaged or of another model.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mamba_kernels import rope_tables
 from megatron_mamba.config import ModelConfig
-from megatron_mamba.layout import Recompute, RecomputeConfig
+from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.attention import Attention
 from megatron_mamba.model.mamba import Mamba
@@ -79,6 +79,7 @@ class LanguageModel(nn.Module):
         self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: RecomputeConfig
     ) -> None:
         super().__init__()
+        ParallelConfig(tp=context.size("tp")).check_split(config.split_units(), micro_batch_tokens=0)
         self.config, self.context = config, context
         self.embedding = Embedding(parameters.vocabulary(config), context, dtype)
         layers = (Layer(kind, config, context, dtype, getattr(recompute, kind)) for kind in config.layers)

@@ -48,7 +48,10 @@ class TableModule(nn.Module):
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function(*inputs)`` of which the backward pass keeps the inputs only and computes the rest again."""
+    """``function(*inputs)`` of which the backward pass keeps the inputs only and computes the rest again; with a decoding
+    state, which a second run would advance again, it keeps everything."""
+    if any(isinstance(value, RecurrentState | KeyValueState) for value in inputs):
+        return function(*inputs)
     result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
 

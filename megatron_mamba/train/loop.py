@@ -30,7 +30,7 @@ from megatron_mamba.optim import (
     set_learning_rate,
 )
 from megatron_mamba.parallel import fsdp
-from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import plot_run
@@ -64,6 +64,7 @@ class Trainer:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.is_main = context.global_rank == 0
+        self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
         _check_batches(config, context)
         learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
@@ -258,6 +259,7 @@ class Trainer:
                 "skipped_steps": self.skips.total,
                 "skipped_in_a_row": self.skips.in_a_row,
                 "config": to_dict(self.config),
+                "mesh": self.mesh,
                 "tokenizer": self._tokenizer,
             }
             self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())
@@ -269,12 +271,11 @@ class Trainer:
         if latest is None:
             if self.config.checkpoint.init_from is not None:
                 source = resolve(self.config.checkpoint.init_from)
-                _check_same_model(self.config, read_metadata(source)["config"], source)
+                self._metadata_of(source)
                 load(source, {"model": self._tensors()["model"]})
                 self.origin = f"weights of {source}"
             return
-        metadata = read_metadata(latest)
-        _check_same_model(self.config, metadata["config"], latest)
+        metadata = self._metadata_of(latest)
         rank_state: dict[str, Any] = {}
         load(latest, self._tensors(), rank_state=rank_state, verified=True)
         if rank_state:
@@ -283,6 +284,18 @@ class Trainer:
         self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
         self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
         self.origin = f"checkpoint {latest}"
+
+    def _metadata_of(self, source: Path) -> dict[str, Any]:
+        """What the trainer that saved `source` knew: another model is refused, other settings and another mesh are named."""
+        metadata = read_metadata(source)
+        _check_same_model(self.config, metadata["config"], source)
+        changed = _changed_settings(self.config, metadata["config"])
+        if self.is_main and changed:
+            log.warning("other settings than those of %s: %s", source, ", ".join(changed))
+        if self.is_main and metadata.get("mesh", self.mesh) != self.mesh:
+            was, is_ = _mesh_name(metadata["mesh"]), _mesh_name(self.mesh)
+            log.warning("%s was saved on %s and is laid out anew over %s", source, was, is_)
+        return metadata
 
     # ------------------------------------------------------------------------------------------------ counting
 
@@ -350,7 +363,7 @@ def _check_batches(config: Config, context: ParallelContext) -> None:
 
 
 def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
-    """A run resumes its own model; other changes are allowed and named."""
+    """A run goes on with its own model. Raises ConfigError naming the first setting of another one."""
     ours = to_dict(config)
     # Settings of mixers that the pattern does not use make no difference.
     unused = {"name", *set(MIXER_KINDS.values()) - set(config.model.layers)}
@@ -364,10 +377,17 @@ def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None
                 f"the checkpoint {path} is of another model, with {old.get(key)!r}",
                 "Give the run another run.dir, or the model it was started with",
             )
-    for group in ("data", "optim", "trainer", "parallel", "recompute"):
-        changed = [key for key in ours[group] if saved.get(group, {}).get(key) != ours[group][key]]
-        if changed:
-            log.warning("resuming with other settings than the checkpoint's: %s", ", ".join(f"{group}.{k}" for k in changed))
+
+
+def _changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:
+    """Names of the settings that make another training than the saved one."""
+    ours, groups = to_dict(config), ("data", "optim", "trainer", "parallel", "recompute")
+    return [f"{group}.{key}" for group in groups for key in ours[group] if saved.get(group, {}).get(key) != ours[group][key]]
+
+
+def _mesh_name(sizes: dict[str, int]) -> str:
+    """For example ``dp_shard 2 x tp 2``."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def _leaves(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:

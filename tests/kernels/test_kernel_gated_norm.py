@@ -19,6 +19,40 @@ def oracle(y, z, weight, *, group_size, eps):
     return weight * torch.cat(groups, -1)
 
 
+class Parts:
+    """`gated_norm` of groups in parts of `part` channels, one call a part as on one process each, in this process.
+
+    A call's argument of sum_parts is right once the sums before it were: what the parts gave is added up afterwards, for the
+    next run. The first run learns the sums of the forward, the second those of the backward, the third has both.
+    """
+
+    def __init__(self, part: int, *, group_size: int, eps: float):
+        self.part, self.options = part, {"group_size": group_size, "eps": eps}
+        self.given: list[list[torch.Tensor]] = []
+        self.sums: list[list[torch.Tensor]] = []
+
+    def sum_parts(self, index: int, own: torch.Tensor) -> torch.Tensor:
+        call, group = len(self.given[index]), index * self.part // self.options["group_size"]
+        self.given[index].append(own.clone())
+        return self.sums[call][group] if call < len(self.sums) else own
+
+    def __call__(self, y, z, weight):
+        self.given = [[] for _ in weight.split(self.part)]
+        slices = zip(y.split(self.part, -1), z.split(self.part, -1), weight.split(self.part), strict=True)
+        outs = [gated_norm(*t, **self.options, sum_parts=partial(self.sum_parts, i)) for i, t in enumerate(slices)]
+        return torch.cat(outs, -1)
+
+    def run(self, inputs, *, strides=False):
+        """Outputs and gradients of the whole, with the right sums."""
+        parts_a_group = self.options["group_size"] // self.part
+        for known in range(3):
+            got = outputs_and_gradients(self, inputs, strides=strides)
+            assert [len(given) for given in self.given] == [2] * len(self.given), "one sum each way"
+            calls = [[given[call] for given in self.given] for call in range(min(known + 1, 2))]
+            self.sums = [[sum(call[i : i + parts_a_group]) for i in range(0, len(call), parts_a_group)] for call in calls]
+        return got
+
+
 def make_inputs(*shape, device="cpu", dtype=torch.float64):
     draw = partial(randn, device=device, dtype=dtype)
     return {"y": draw(*shape, CHANNELS), "z": draw(*shape, CHANNELS, seed=1), "weight": draw(CHANNELS)}
@@ -33,6 +67,31 @@ def test_float64_outputs_and_gradients(shape, group_size, device, monkeypatch):
     for strides in (False, True):
         got = outputs_and_gradients(partial(gated_norm, **options), inputs, strides=strides)
         assert_close(got, want, EXACT)
+
+
+@pytest.mark.parametrize(("group_size", "part"), [(CHANNELS, CHANNELS), (CHANNELS, 8), (12, 6), (6, 1)])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5)])
+def test_groups_in_parts(shape, group_size, part, device, monkeypatch):
+    """Parts that share the sums of their group: outputs and gradients are those of the whole group."""
+    use_blocks(monkeypatch, 2 * part)
+    inputs, options = make_inputs(*shape, device=device), {"group_size": group_size, "eps": EPS}
+    want = outputs_and_gradients(partial(oracle, **options), inputs)
+    for strides in (False, True):
+        parts = Parts(part, **options)
+        assert_close(parts.run(inputs, strides=strides), want, EXACT)
+        rows = inputs["y"].numel() // CHANNELS
+        assert {given.shape for call in parts.given for given in call} == {(rows,)}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_groups_in_parts_in_low_precision(dtype, tolerance, device):
+    """The sums that travel are float32."""
+    inputs, options = make_inputs(50, device=device, dtype=dtype), {"group_size": 12, "eps": EPS}
+    inputs["weight"] = inputs["weight"].float()
+    want = outputs_and_gradients(partial(oracle, **options), in_float64(inputs))
+    parts = Parts(6, **options)
+    assert_close(parts.run(inputs), want, tolerance)
+    assert {given.dtype for call in parts.given for given in call} == {torch.float32}
 
 
 def test_gradcheck(device):
@@ -60,7 +119,10 @@ def test_extreme_values(device):
 
 
 def test_keeps_only_inputs():
-    assert saved_elements(partial(gated_norm, group_size=6, eps=EPS), make_inputs(50)) == 0
+    inputs = make_inputs(50)
+    assert saved_elements(partial(gated_norm, group_size=6, eps=EPS), inputs) == 0
+    # Of a part, also its group's sum of each row.
+    assert saved_elements(partial(gated_norm, group_size=2 * CHANNELS, eps=EPS, sum_parts=torch.clone), inputs) == 50
 
 
 @pytest.mark.parametrize(
@@ -71,6 +133,12 @@ def test_keeps_only_inputs():
         ({"weight": torch.zeros(5)}, r"gated_norm: weight has shape \(5,\), wanted \[E\] = \(4\)"),
         ({"group_size": 3}, "gated_norm: group_size is 3, wanted a divisor of the 4 channels"),
         ({"group_size": 0}, "gated_norm: group_size is 0"),
+        (
+            {"group_size": 6, "sum_parts": torch.clone},
+            "gated_norm: group_size is 6, wanted a multiple of the 4 channels of its part y",
+        ),
+        ({"group_size": 2, "sum_parts": torch.clone}, "gated_norm: group_size is 2, wanted a multiple"),
+        ({"group_size": 0, "sum_parts": torch.clone}, "gated_norm: group_size is 0, wanted a multiple"),
     ],
 )
 def test_rejects(change, message):

@@ -31,6 +31,6 @@ def gated_norm(
     check_tensors("gated_norm", sizes, y=(y, "... E"), z=(z, "... E"), weight=(weight, "E"))
     if sum_parts is None and (group_size < 1 or sizes["E"] % group_size):
         raise ValueError(f"gated_norm: group_size is {group_size}, wanted a divisor of the {sizes['E']} channels of y")
-    if sum_parts is not None and group_size % sizes["E"]:
+    if sum_parts is not None and (group_size < 1 or group_size % sizes["E"]):
         raise ValueError(f"gated_norm: group_size is {group_size}, wanted a multiple of the {sizes['E']} channels of its part y")
     return reference.gated_norm(y, z, weight, group_size, eps, sum_parts)

@@ -1,0 +1,52 @@
+"""A checkpoint's model as one safetensors file: whole tensors under their full names, what the trainer knew in the header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
+from megatron_mamba.checkpoint.loading import read_metadata, tokenizer_path
+from megatron_mamba.checkpoint.storage import CheckpointError, Entry, read_index, sync_folder, write_safetensors
+from megatron_mamba.config import Config, from_dict
+from megatron_mamba.model.parameters import parameter_table
+
+
+def consolidate(checkpoint: Path, output: Path, dtype: torch.dtype | None = None) -> list[Entry]:
+    """Write the parameters of `checkpoint`, whatever mesh saved it, to the file `output`; returns what is in it.
+
+    `dtype`: of the file (A_log, D, dt_bias and norm weights are fp32 then); default: as saved. One tensor is held at a time.
+    The header's metadata has the checkpoint's own, each value as JSON (``config``, ``step``, ...; ``tokenizer`` with its full
+    path). The file appears under its name when complete. Raises :class:`CheckpointError` for a damaged checkpoint or an
+    `output` that exists, is not called ``*.safetensors`` or cannot be written.
+    """
+    if output.suffix != ".safetensors" or output.exists():
+        problem = "exists" if output.exists() else "is not called *.safetensors"
+        raise CheckpointError(f"output = {output}: {problem}. Choose another name")
+    metadata = read_metadata(checkpoint)
+    tokenizer = tokenizer_path(checkpoint, metadata)
+    metadata["tokenizer"] = str(tokenizer) if tokenizer else None
+    table = parameter_table(from_dict(Config, metadata["config"]).model)
+    get, saved = checkpoint_tensors(checkpoint), read_index(checkpoint).state_dict_metadata
+    entries = []
+    for name, row in table.items():
+        own = cast(TensorStorageMetadata, saved[f"model.{name}"]).properties.dtype
+        entries.append(Entry(name, own if dtype is None else torch.float32 if row.fp32 else dtype, row.shape))
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        tensors = (get(entry.name).to(entry.dtype) for entry in entries)
+        write_safetensors(partial, entries, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+        partial.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise CheckpointError(f"output = {output} cannot be written: {error}. Free space, or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return entries

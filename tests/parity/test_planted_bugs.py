@@ -1,0 +1,258 @@
+"""What the comparison of a mesh with one rank is worth: mistakes of parallel code, planted one by one, must show in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness import Case, Result, compare_training, train_alone
+from megatron_mamba.model import LanguageModel, attention, mamba, mamba2, mlp
+from megatron_mamba.parallel import collectives, fsdp, linear, norms, tensor, vocab
+from megatron_mamba.parallel.context import ParallelContext
+from tiny import tiny
+
+pytestmark = pytest.mark.ranks
+
+MIXER_MODULES = {"m": mamba, "M": mamba2, "*": attention, "-": mlp}
+MODELS = {
+    pattern: tiny(pattern, vocab_size=60, mamba2={"d_inner": 64}, mlp={"activation": "swiglu"})
+    for pattern in [*MIXER_MODULES, "M*-"]
+} | {"four groups": tiny("M", vocab_size=60, mamba2={"d_inner": 64, "n_groups": 4})}
+
+
+def keep(x: Tensor, *_: object, **__: object) -> Tensor:
+    """In place of a collective: what this rank has."""
+    return x
+
+
+def without(module: Any, **functions: Callable[..., Any]) -> AbstractContextManager[object]:
+    """`module`, which calls its collectives by their module's name, with other ones for `functions`."""
+    return patch.object(module, "collectives", SimpleNamespace(**vars(collectives) | functions))
+
+
+def pending(x: Tensor, _: object) -> collectives.Pending:
+    return collectives.Pending(x, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def only_fsdp_sums(apart: object, partial_over_tp: Iterable[nn.Parameter], context: ParallelContext) -> None:
+    SUM_REPLICATED([], partial_over_tp, context)
+
+
+def sync_all_but_the_last(root: Any, last: bool, _: object) -> None:
+    root.set_requires_gradient_sync(not last)
+
+
+def no_replicas(root: Any, last: bool, context: ParallelContext) -> None:
+    LAST_BACKWARD(root, last, context)
+    root.set_requires_all_reduce(False)
+
+
+SUM_REPLICATED, LAST_BACKWARD = fsdp.sum_replicated_gradients, fsdp.last_backward
+
+
+# --------------------------------------------------------------------------------------------------- layers and slices
+
+
+def own_rows(x: Tensor, group: Any) -> collectives.Pending:
+    """A scatter that does not sum."""
+    return collectives.Pending(x.chunk(group.size())[group.rank()].contiguous(), None)
+
+
+def other_order(x: Tensor, group: Any) -> collectives.Pending:
+    """A gather that puts this rank's rows last."""
+    whole = START_GATHER(x, group).wait()
+    return collectives.Pending(whole.roll(-(group.rank() + 1) * x.shape[0], 0), None)
+
+
+def norm_of(size: Callable[[int, Tensor], int], sums: bool) -> Callable[..., Tensor]:
+    """The gated norm with another group size, a function of the right one and the weight, and with no sums over parts."""
+
+    def gated_norm(*tensors: Tensor, group_size: int, eps: float, sum_parts: Any) -> Tensor:
+        parts = keep if sums else None
+        return GATED_NORM(*tensors, group_size=size(group_size, tensors[2]), eps=eps, sum_parts=parts)
+
+    return gated_norm
+
+
+def first_unit(parameter: Tensor, split_dim: int | None, units: int, context: ParallelContext) -> Tensor:
+    """Of B/C groups that ranks share, the first on every rank."""
+    part = LOCAL_PART(parameter, split_dim, units, context)
+    if split_dim is None or tensor.is_split(split_dim, units, context):
+        return part
+    return fsdp.local(parameter).narrow(split_dim, 0, part.shape[split_dim])
+
+
+def dp_cuts_first(
+    shape: tuple[int, ...], split_dim: int | None, units: int, context: ParallelContext, sharded: bool
+) -> tuple[slice, ...]:
+    """Slices of a parameter whose dimension 0 FSDP cuts before tp does."""
+    if not (sharded and split_dim == 0):
+        return OWNED_SLICES(shape, split_dim, units, context, sharded)
+    rank = context.rank("dp_shard") * context.size("tp") + context.rank("tp")
+    part = fsdp.shard_range(shape[0], rank, context.size("dp_shard") * context.size("tp"))
+    return (slice(part.start, part.stop), *map(slice, shape[1:]))
+
+
+START_GATHER, GATED_NORM = collectives.start_gather, mamba2.gated_norm
+LOCAL_PART, OWNED_SLICES = tensor.local_part, tensor.owned_slices
+
+
+# --------------------------------------------------------------------------------------------- loss and gradient norm
+
+
+def keep_high(x: Tensor, group: Any, op: str = "sum") -> Tensor:
+    return x if op == "max" else collectives.reduce_(x, group, op)
+
+
+def keep_row(row: int) -> Callable[..., Tensor]:
+    """A sum that leaves one row of the loss's two (normaliser, target's logit) as it is on this rank."""
+
+    def reduce_(x: Tensor, group: Any, op: str = "sum") -> Tensor:
+        own = x[row].clone()
+        collectives.reduce_(x, group, op)
+        if op == "sum":
+            x[row] = own
+        return x
+
+    return reduce_
+
+
+def all_groups(parameter: Any) -> dict[str, Any]:
+    """Every group of the parameter's mesh, as if replicas were shards."""
+    groups = [parameter.device_mesh.get_group(i) for i in range(parameter.device_mesh.ndim)]
+    return {group.group_name: group for group in groups if group.size() > 1}
+
+
+def first_group(parameter: Any) -> dict[str, Any]:
+    return dict(list(SHARDING_GROUPS(parameter).items())[:1])
+
+
+SHARDING_GROUPS = norms._sharding_groups
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake planted by a patch, the training in which it is made, and the figure that must show it."""
+
+    planted: AbstractContextManager[object]
+    model: str
+    shows: str = "gradient"
+    sequence_parallel: bool = False
+    reduce_every_micro_batch: bool = False
+
+    @property
+    def case(self) -> Case:
+        settings = {name: getattr(self, name) for name in ("sequence_parallel", "reduce_every_micro_batch")}
+        return Case(MODELS[self.model], batch=8, **settings)
+
+
+BUGS: dict[str, dict[str, Bug]] = {
+    "tp2": {
+        f"{kind}: output not summed": Bug(patch.object(module, "sum_partial", keep), kind, "loss")
+        for kind, module in MIXER_MODULES.items()
+    }
+    | {
+        "gradient of a layer's input not summed": Bug(without(linear, start_sum=pending), "M"),
+        "m: x_proj's output not summed": Bug(
+            patch.object(mamba, "shared_sum", lambda x, context: collectives.copy(x, context.group("tp"))), "m", "loss"
+        ),
+        "m: gradient of x_proj's output not summed": Bug(
+            patch.object(mamba, "shared_sum", lambda x, context: collectives.all_reduce(x, context.group("tp"))), "m"
+        ),
+        "M: norm over two groups at once": Bug(
+            patch.object(mamba2, "gated_norm", norm_of(lambda size, _: 2 * size, False)), "four groups", "loss"
+        ),
+        "embedding not summed": Bug(patch.object(vocab, "sum_partial", keep), "-", "loss"),
+        "loss: largest logit of this rank only": Bug(without(vocab, reduce_=keep_high), "-", "loss"),
+        "loss: normaliser of this rank only": Bug(without(vocab, reduce_=keep_row(0)), "-", "loss"),
+        "loss: target's logit of this rank only": Bug(without(vocab, reduce_=keep_row(1)), "-", "loss"),
+        "loss: gradient of hidden states not summed": Bug(without(vocab, start_sum=pending), "-"),
+        "gradient norm: replicas counted": Bug(patch.object(norms, "_sharding_groups", all_groups), "M", "norm"),
+        "gradient norm: shards not added up": Bug(patch.object(norms, "_sharding_groups", lambda _: {}), "M", "norm"),
+        "sequence parallelism: norms' gradients not summed": Bug(
+            patch.object(LanguageModel, "partial_over_tp", lambda _: []), "-", sequence_parallel=True
+        ),
+        "sequence parallelism: scatter without a sum": Bug(
+            patch.object(collectives, "start_scatter", own_rows), "-", "loss", sequence_parallel=True
+        ),
+        "sequence parallelism: gather in another order": Bug(
+            patch.object(collectives, "start_gather", other_order), "M", "loss", sequence_parallel=True
+        ),
+    },
+    "tp4": {
+        "M: norm over the channels here only": Bug(
+            patch.object(mamba2, "gated_norm", norm_of(lambda _, weight: len(weight), False)), "M", "loss"
+        ),
+        "M: norm's sums of the channels here only": Bug(
+            patch.object(mamba2, "gated_norm", norm_of(lambda size, _: size, True)), "M", "loss"
+        ),
+        "M: norm's sums over all groups": Bug(
+            patch.object(mamba2, "group_sum", lambda x, groups, context: collectives.reduce_(x, context.group("tp"))), "M", "loss"
+        ),
+        "M: first group on every rank": Bug(patch.object(tensor, "local_part", first_unit), "M", "loss"),
+        "M: gradients of shared groups not summed": Bug(patch.object(LanguageModel, "partial_over_tp", lambda _: []), "M"),
+        "*: gradients of shared keys and values not summed": Bug(patch.object(LanguageModel, "partial_over_tp", lambda _: []), "*"),
+    },
+    "dp2": {
+        "replicated gradients not summed": Bug(patch.object(fsdp, "sum_replicated_gradients", only_fsdp_sums), "M"),
+        "no sum after the last micro-batch": Bug(patch.object(fsdp, "last_backward", sync_all_but_the_last), "M"),
+        "gradients averaged": Bug(
+            patch.object(torch.distributed.fsdp.FSDPModule, "set_gradient_divide_factor", lambda *_: None), "-"
+        ),
+    },
+    "dp_replicate2 dp_shard2": {
+        "no sum over replicas": Bug(patch.object(fsdp, "last_backward", no_replicas), "M"),
+        "a sum each micro-batch, but over replicas": Bug(
+            patch.object(fsdp, "last_backward", no_replicas), "M", reduce_every_micro_batch=True
+        ),
+    },
+    "tp2 dp2": {
+        "initial weights cut over dp before tp": Bug(patch.object(tensor, "owned_slices", dp_cuts_first), "M*-", "loss"),
+        "gradient norm: shards of one mesh dimension added up": Bug(
+            patch.object(norms, "_sharding_groups", first_group), "M*-", "norm"
+        ),
+    },
+}
+MESHES = {
+    "tp2": {"tp": 2},
+    "tp4": {"tp": 4},
+    "dp2": {"dp_shard": 2},
+    "dp_replicate2 dp_shard2": {"dp_replicate": 2, "dp_shard": 2},
+    "tp2 dp2": {"tp": 2, "dp_shard": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Result]:
+    return dict(zip(MODELS, train_alone(Case(model, batch=8) for model in MODELS.values()), strict=True))
+
+
+@pytest.mark.parametrize("mesh", BUGS)
+def test_planted_bugs_show(mesh: str, one_rank: dict[str, Result], record_property: Callable[[str, object], None]) -> None:
+    """Each bug by more than 1e-6 where it must; the same training without it by no more than 1e-10."""
+    bugs = BUGS[mesh]
+    cases = {name: bug.case for name, bug in bugs.items()}
+    expected = {name: one_rank[bug.model] for name, bug in bugs.items()}
+    for name, bug in bugs.items():
+        sound = next((known for known in cases.keys() - bugs.keys() if cases[known] == bug.case), f"sound: {name}")
+        cases[sound], expected[sound] = bug.case, one_rank[bug.model]
+    found = compare_training(cases, MESHES[mesh], expected, {name: bug.planted for name, bug in bugs.items()})
+    record_property("planted", {f"{name} ({mesh})": found[name] for name in bugs})
+    wrong = {name: found[name] for name in cases.keys() - bugs.keys() if not max(found[name].values()) <= 1e-10}
+    missed = {name: found[name] for name, bug in bugs.items() if not found[name][bug.shows] > 1e-6}
+    assert not wrong, f"without a bug: {wrong}"
+    assert not missed, f"planted, but not seen: {missed}"
