@@ -197,10 +197,9 @@ def build(
     model = LanguageModel(config, context, dtype, recompute or RecomputeConfig())
     if device is not None and torch.device(device).type == "meta":
         return model
-    units: list[nn.Module] = [*model.layers]
-    if not config.tie_embeddings:
-        units = [model.embedding, *units, model.output]
-    fsdp.shard(units, model, set(model.apart()), context, DTYPES[precision])
+    # An embedding has no gradient of its input, and the loss computes the output's gradients in the forward pass.
+    ends = [] if config.tie_embeddings else [model.embedding, model.output]
+    fsdp.shard([*ends[:1], *model.layers, *ends[1:]], model, set(model.apart()), ends, context, DTYPES[precision])
     model.to_empty(device=device or context.device)
     initialize(model, seed)
     return model

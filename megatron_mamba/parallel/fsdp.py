@@ -22,12 +22,18 @@ from megatron_mamba.parallel.context import ParallelContext
 
 
 def shard(
-    units: Iterable[nn.Module], root: nn.Module, apart: set[nn.Parameter], context: ParallelContext, compute_dtype: torch.dtype
+    units: Iterable[nn.Module],
+    root: nn.Module,
+    apart: set[nn.Parameter],
+    unread: Iterable[nn.Module],
+    context: ParallelContext,
+    compute_dtype: torch.dtype,
 ) -> None:
     """Shard each of `units` (in order of use) and then `root` over the data-parallel mesh, in place.
 
     Gathered in `compute_dtype`, the next unit's while this one computes; gradients are summed (not averaged) in the
-    parameters' own dtype. The parameters in `apart` stay whole on every rank, see :func:`sum_replicated_gradients`.
+    parameters' own dtype. The parameters in `apart` stay whole on every rank, see :func:`sum_replicated_gradients`. The
+    weights of the units in `unread` are not gathered for their backward pass, which does not read them.
     """
     mesh = context.mesh["dp_replicate", "dp_shard"] if context.size("dp_replicate") > 1 else context.mesh["dp_shard"]
     units = list(units)
@@ -39,12 +45,13 @@ def shard(
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-
-
     for module, following in pairwise(units):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)
         module.set_modules_to_forward_prefetch([following])
+    for module in unread:
+        assert isinstance(module, FSDPModule)
+        module.set_unshard_in_backward(False)
 
 
 def last_backward(root: nn.Module, last: bool, context: ParallelContext) -> None:

@@ -10,8 +10,8 @@ import torch
 
 MODEL = ["model=hybrid_tiny", "model.pattern=Mm*-", "model.hidden_size=64", "model.vocab_size=120", "model.mamba.d_inner=64",
          "model.mamba.state_size=8", "model.mamba2.d_inner=64", "model.mamba2.head_dim=16", "model.mlp.ffn_size=96"]  # fmt: skip
-RUN = ["data=synthetic", "data.seq_length=32", "trainer.global_batch_size=4", "trainer.micro_batch_size=2", 
-       "trainer.precision=fp64", "optim.lr=3e-3", "checkpoint.interval=3", "eval.samples=0", "logging=minimal", "logging.interval=1"]  # fmt: skip
+RUN = ["data=synthetic", "data.seq_length=32", "trainer.global_batch_size=4", "trainer.micro_batch_size=2", "optim.lr=3e-3",
+       "trainer.precision=fp64", "checkpoint.interval=3", "eval.samples=0", "logging=minimal", "logging.interval=1"]  # fmt: skip
 STEPS = 6
 
 

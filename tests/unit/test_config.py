@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import subprocess
 import sys
 from functools import lru_cache
@@ -296,51 +294,6 @@ def test_bad_saved_config(saved, tmp_path, text, overrides, problem):
         path.write_text(text)
     with pytest.raises(ConfigError, match=problem.replace("?", r"\?")):
         compose(overrides, path)
-
-
-# --------------------------------------------------------------------------------------------------------------- plan
-
-
-def test_plan_counts_the_hybrid():
-    done = run("tools/plan.py", "model=hybrid_8b", "parallel.tp=4", "--json")
-    result = json.loads(done.stdout)
-    per_layer = {kind: part["parameters"] // part["layers"] for kind, part in result["parts"].items() if part["layers"]}
-    assert per_layer == {"mamba2": 109_640_064, "attention": 41_947_136, "mlp": 134_221_824}
-    assert result["parameters"] == PARAMETERS["hybrid_8b"]
-    ends = result["parts"]["embedding"]["parameters"] + result["parts"]["output"]["parameters"]
-    assert ends == 2_097_152_000
-    assert sum(p["forward_flops_per_token"] for p in result["parts"].values()) == result["flops_per_token"]["forward"]
-    assert result["flops_per_token"]["training"] == pytest.approx(46.5e9, rel=2e-3)
-    assert result["parallel"]["tp"] == 4
-
-
-@pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("plan").main
-
-
-def test_plan_prints_a_table_for_a_terminal_of_80_columns(plan, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert plan(["model=mamba_8b"]) == 0
-    shown = capsys.readouterr().out
-    assert "108,064,768" in shown
-    assert "8,148,783,104" in shown
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("parallel.tp=0", "parallel.tp = 0"),
-        ("model.pattern=MXM", "model.pattern = 'MXM'"),
-        ("data.seq_length=0", "data.seq_length = 0"),
-    ],
-)
-def test_plan_refuses_what_cannot_be(plan, capsys, override, named):
-    assert plan(["model=mamba2_8b", override]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith(f"error: {named}: ")
 
 
 def test_config_folder_is_the_repositorys():

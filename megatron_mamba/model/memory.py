@@ -1,0 +1,213 @@
+"""What a layer holds and sends, without a device: the layer's own code is run on meta tensors and its storages are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamba_kernels.common
+from megatron_mamba.config import MIXER_KINDS, Config, ModelConfig
+from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
+from megatron_mamba.model.lm import DTYPES, LanguageModel
+from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context
+from megatron_mamba.parallel.fsdp import local
+
+SCAN_LENGTHS = {"mamba2": (512, 1024), "mamba": (128, 256)}
+"""Layers whose reference kernels loop over the sequence are run on two short ones: what they hold grows linearly with length."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the model in one micro-batch on one rank, in bytes."""
+
+    forward: int
+    """Most alive during the forward pass, the input included."""
+    kept: int
+    """Alive from the forward to the backward pass (the input if it is kept; not the output: the next piece's input)."""
+    backward: int
+    """Most alive during the backward pass: what was kept, the gradients of output, weights and input, temporaries."""
+    gradients: int
+    """Gradients of the weights that FSDP shards, as the backward pass leaves them: whole, in the compute dtype."""
+    left: int
+    """Alive after the backward pass besides gradients of weights: the gradient of the input."""
+    shapes: tuple[tuple[int, ...], ...]
+    """This tp rank's part of each weight that FSDP shards."""
+    apart: tuple[int, ...]
+    """Elements of each parameter that FSDP does not shard."""
+    sent: dict[str, Counter[str]] = field(hash=False)
+    """Bytes sent to other tp ranks: pass -> collective -> bytes."""
+
+
+class _Enter(torch.autograd.Function):
+    """The input of a piece, which only the piece keeps alive; calls `ended` when its gradient is there."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype, ended: Callable[[], None]) -> Tensor:
+        ctx.ended = ended
+        return seed.new_empty(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.ended()
+        return None, None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The end of a piece: makes the gradient of its output when the backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, seed: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+        return seed.view_as(seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.new_empty(ctx.shape, dtype=ctx.dtype), None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Allocates what the flash kernels (arXiv 2307.08691) behind F.scaled_dot_product_attention do, in `[B, H, S, P]`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, log_sum_exp = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v, _, log_sum_exp = ctx.saved_tensors
+        # The sum for q's gradient is fp32; those of k and v are made for every query head.
+        work = [_like(q, torch.float32), torch.empty_like(log_sum_exp)]
+        work += [_like(q), _like(q)] if k.shape != q.shape else []
+        return _like(q), _like(k), _like(v)
+
+
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    batch, heads, length, size = t.shape
+    return t.new_empty((batch, length, heads, size), dtype=dtype or t.dtype).transpose(1, 2)
+
+
+@contextmanager
+def _as_on_a_gpu(shortened: int) -> Iterator[None]:
+    """Attention computed as there (on meta tensors torch would make the S x S matrix); and for a sequence `shortened` times,
+    kernels that work in blocks of a fixed size take that much smaller ones."""
+    common, attend = mamba_kernels.common, F.scaled_dot_product_attention
+    blocks = common.DEVICE_BLOCK_ELEMENTS
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        has_kernel = q.dtype.itemsize == 2 or (q.dtype == torch.float32 and q.shape == k.shape)
+        return _FusedAttention.apply(q, k, v) if has_kernel else attend(q, k, v, **options)
+
+    try:
+        common.DEVICE_BLOCK_ELEMENTS = max(blocks // shortened, 1)
+        setattr(F, attend.__name__, fused)
+        yield
+    finally:
+        common.DEVICE_BLOCK_ELEMENTS = blocks
+        setattr(F, attend.__name__, attend)
+
+
+def measure(config: Config, kind: str) -> Piece:
+    """Run one layer of `kind` ("mamba2", ...), the "embedding", or the final norm and "output", forward and backward on the
+    meta device as one tp rank of `config` does."""
+    letter = next((letter for letter, name in MIXER_KINDS.items() if name == kind), "-")
+    layout = ParallelConfig(tp=config.parallel.tp, sequence_parallel=config.parallel.sequence_parallel)
+    batch, length, trainer = config.trainer.micro_batch_size, config.data.seq_length, config.trainer
+    recompute = getattr(config.recompute, kind, "none")
+    model = replace(config.model, name="", pattern=letter)
+    arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch)
+    if length <= max(SCAN_LENGTHS.get(kind, (length,))):
+        return _run(*arguments, length, 1)
+    lengths = SCAN_LENGTHS[kind]
+    small, large = (_run(*arguments, short, length // short) for short in lengths)
+    steps = (length - lengths[1]) / (lengths[1] - lengths[0])
+
+    def grown(a: int, b: int) -> int:
+        return round(b + (b - a) * steps)
+
+    return replace(
+        large,
+        forward=grown(small.forward, large.forward),
+        kept=grown(small.kept, large.kept),
+        backward=grown(small.backward, large.backward),
+        left=grown(small.left, large.left),
+        sent={when: Counter({op: grown(small.sent[when][op], n) for op, n in ops.items()}) for when, ops in large.sent.items()},
+    )
+
+
+@cache
+def _run(
+    config: ModelConfig,
+    kind: str,
+    layout: ParallelConfig,
+    recompute: Recompute,
+    precision: str,
+    chunk_tokens: int,
+    batch: int,
+    length: int,
+    shortened: int,
+) -> Piece:
+    dtype, master = DTYPES[precision], torch.float64 if precision == "fp64" else torch.float32
+    ledger = Ledger()
+    with dry_context(layout) as context:
+        uniform = RecomputeConfig(**{name: recompute for name in MIXER_KINDS.values()})
+        model = LanguageModel(config, context, master, uniform)
+        sharded, apart = _cast(model, dtype)
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+        info = model._sequence_info(tokens, None, None)
+        seed, one = torch.zeros((), dtype=master, device="meta", requires_grad=True), torch.ones((), dtype=master, device="meta")
+        shape = (batch * length // (layout.tp if layout.sequence_parallel else 1), config.hidden_size)
+        at_end: list[int] = []
+        with _as_on_a_gpu(shortened), ledger:
+            ledger.moment = "forward"
+            x = _Enter.apply(seed, shape, dtype, lambda: at_end.append(ledger.now))
+            if kind == "embedding":
+                x = model.embedding(tokens.flatten())
+                loss = _Leave.apply(x, seed)
+            elif kind == "output":
+                loss = model.output(model.final_norm(x), tokens.flatten(), 1.0, chunk_tokens)
+            else:
+                loss = _Leave.apply(model.layers[0](x, info, None), seed)
+            del x
+            kept, ledger.moment = ledger.now, "backward"
+            loss.backward(one)
+            at_end.append(ledger.now)
+    used, whole = ([p for p in ps if p.grad is not None] for ps in (sharded, apart))
+    gradients = _storage_bytes(used)
+    return Piece(
+        forward=ledger.peaks["forward"],
+        kept=kept,
+        backward=ledger.peaks["backward"],
+        gradients=gradients,
+        left=at_end[0] - gradients - _storage_bytes(whole),
+        shapes=tuple(tuple(local(p).shape) for p in used),
+        apart=tuple(local(p).numel() for p in whole),
+        sent=ledger.sent,
+    )
+
+
+def _cast(model: LanguageModel, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Bring the weights into the compute dtype, as FSDP gathers them; returns those that it shards and those that it does not."""
+    apart = set(model.apart())
+    sharded = []
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in apart:
+                sharded.append(nn.Parameter(parameter.detach().to(dtype)))
+                module.register_parameter(name, sharded[-1])
+    return sharded, list(apart)
+
+
+def _storage_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the storages that hold the parameters' gradients."""
+    storages = [local(p.grad).untyped_storage() for p in parameters if p.grad is not None]
+    return sum({storage._cdata: allocated(storage.nbytes()) for storage in storages}.values())
