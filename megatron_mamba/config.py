@@ -344,7 +344,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints whose step is a multiple of it are never deleted; 0 = none."""
     init_from: str | None = None
-    """Checkpoint whose weights a new run starts from (fresh optimizer and schedule): fine-tuning, context extension."""
+    """Checkpoint (or file of tools/consolidate.py) whose weights a new run starts from, with fresh optimizer and schedule."""
     on_damage: Literal["error", "previous"] = "error"
     """A damaged latest checkpoint stops the run, or falls back to the newest whole one before it."""
 

@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
             cache.offset += info.length
         if labels_BS is not None:
             return self.output(self.final_norm(x), labels_BS.flatten(), scale, chunk_tokens)
+        fsdp.read_in_backward(self.output)
         x_BSD = all_tokens(x, self.context).unflatten(0, tokens_BS.shape)
         return self.output(self.final_norm(x_BSD[:, -1] if last_only else x_BSD), None, scale, chunk_tokens)
 
@@ -197,8 +198,8 @@ def build(
     model = LanguageModel(config, context, dtype, recompute or RecomputeConfig())
     if device is not None and torch.device(device).type == "meta":
         return model
-    # An embedding has no gradient of its input, and the loss computes the output's gradients in the forward pass.
     ends = [] if config.tie_embeddings else [model.embedding, model.output]
+    # The embedding has no gradient of its input, and the loss computes the output's gradients in the forward pass.
     fsdp.shard([*ends[:1], *model.layers, *ends[1:]], model, set(model.apart()), ends, context, DTYPES[precision])
     model.to_empty(device=device or context.device)
     initialize(model, seed)

@@ -20,7 +20,8 @@ from megatron_mamba.model.lm import DTYPES, LanguageModel
 from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context
 from megatron_mamba.parallel.fsdp import local
 
-SCAN_LENGTHS = {"mamba2": (512, 1024), "mamba": (128, 256)}
+SCANS = ("mamba2", "mamba")
+SCAN_LENGTHS = (128, 256)
 """Layers whose reference kernels loop over the sequence are run on two short ones: what they hold grows linearly with length."""
 
 
@@ -44,6 +45,8 @@ class Piece:
     """Elements of each parameter that FSDP does not shard."""
     sent: dict[str, Counter[str]] = field(hash=False)
     """Bytes sent to other tp ranks: pass -> collective -> bytes."""
+    peaks_at: dict[str, Counter[str]] = field(hash=False, repr=False)
+    """Most alive at each kind of allocation: pass -> operation -> bytes."""
 
 
 class _Enter(torch.autograd.Function):
@@ -125,20 +128,23 @@ def measure(config: Config, kind: str) -> Piece:
     recompute = getattr(config.recompute, kind, "none")
     model = replace(config.model, name="", pattern=letter)
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch)
-    if length <= max(SCAN_LENGTHS.get(kind, (length,))):
+    if kind not in SCANS or length <= SCAN_LENGTHS[1]:
         return _run(*arguments, length, 1)
-    lengths = SCAN_LENGTHS[kind]
-    small, large = (_run(*arguments, short, length // short) for short in lengths)
-    steps = (length - lengths[1]) / (lengths[1] - lengths[0])
+    small, large = (_run(*arguments, short, length // short) for short in SCAN_LENGTHS)
+    steps = (length - SCAN_LENGTHS[1]) / (SCAN_LENGTHS[1] - SCAN_LENGTHS[0])
 
     def grown(a: int, b: int) -> int:
         return round(b + (b - a) * steps)
 
+    def most(when: str) -> int:
+        # The moment that is the worst in a long sequence need not be it in a short one.
+        return max(grown(small.peaks_at[when][what], peak) for what, peak in large.peaks_at[when].items())
+
     return replace(
         large,
-        forward=grown(small.forward, large.forward),
+        forward=most("forward"),
         kept=grown(small.kept, large.kept),
-        backward=grown(small.backward, large.backward),
+        backward=most("backward"),
         left=grown(small.left, large.left),
         sent={when: Counter({op: grown(small.sent[when][op], n) for op, n in ops.items()}) for when, ops in large.sent.items()},
     )
@@ -192,6 +198,7 @@ def _run(
         shapes=tuple(tuple(local(p).shape) for p in used),
         apart=tuple(local(p).numel() for p in whole),
         sent=ledger.sent,
+        peaks_at=ledger.peaks_at,
     )
 
 

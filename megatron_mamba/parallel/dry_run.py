@@ -48,14 +48,15 @@ def allocated(size: int) -> int:
 class Ledger(TorchDispatchMode):
     """Counts the bytes that live in storages made while it is on, and the bytes that collectives send.
 
-    `now`: bytes alive. `peaks`: the most alive at one time, for each `moment` the caller names. `sent`: bytes a rank sends,
-    by moment and collective.
+    `now`: bytes alive. `peaks`: the most alive at one time, for each `moment` the caller names. `peaks_at`: the same for each
+    kind of allocation in it (operation, dtype, dimensions). `sent`: bytes a rank sends, by moment and collective.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now, self.moment = 0, "start"
         self.peaks: Counter[str] = Counter()
+        self.peaks_at: dict[str, Counter[str]] = {}
         self.sent: dict[str, Counter[str]] = {}
         self._alive: dict[int, int] = {}
 
@@ -66,10 +67,10 @@ class Ledger(TorchDispatchMode):
         elif not func.is_view:
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, Tensor):
-                    self._note(tensor)
+                    self._note(tensor, func)
         return out
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, func: Any) -> None:
         storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
         key = storage._cdata
         if key in self._alive:
@@ -77,6 +78,8 @@ class Ledger(TorchDispatchMode):
         self._alive[key] = allocated(storage.nbytes())
         self.now += self._alive[key]
         self.peaks[self.moment] = max(self.peaks[self.moment], self.now)
+        peaks, what = self.peaks_at.setdefault(self.moment, Counter()), f"{func} {tensor.dtype} {tensor.dim()}"
+        peaks[what] = max(peaks[what], self.now)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:

@@ -33,7 +33,7 @@ def shard(
 
     Gathered in `compute_dtype`, the next unit's while this one computes; gradients are summed (not averaged) in the
     parameters' own dtype. The parameters in `apart` stay whole on every rank, see :func:`sum_replicated_gradients`. The
-    weights of the units in `unread` are not gathered for their backward pass, which does not read them.
+    weights of the units in `unread` are not gathered for the backward pass, see :func:`read_in_backward`.
     """
     mesh = context.mesh["dp_replicate", "dp_shard"] if context.size("dp_replicate") > 1 else context.mesh["dp_shard"]
     units = list(units)
@@ -52,6 +52,12 @@ def shard(
     for module in unread:
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(False)
+
+
+def read_in_backward(module: nn.Module) -> None:
+    """Gather the weights of an unread unit for backward passes after all, from now on."""
+    if isinstance(module, FSDPModule):
+        module.set_unshard_in_backward(True)
 
 
 def last_backward(root: nn.Module, last: bool, context: ParallelContext) -> None:
