@@ -11,7 +11,7 @@ from megatron_mamba.config import ParallelConfig
 from megatron_mamba.parallel.context import ParallelContext
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def context() -> Iterator[ParallelContext]:
     """One rank on the CPU."""
     ours = not dist.is_initialized()
