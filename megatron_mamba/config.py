@@ -10,19 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_mamba.layout import ParallelConfig, RecomputeConfig, SplitUnits
-from megatron_mamba.schema import ConfigError, from_dict, require, to_dict  # noqa: F401 (part of this module's interface)
+from megatron_mamba.schema import ConfigError, from_dict, require, require_positive, to_dict  # noqa: F401 (part of this module's interface)
 
 MIXER_KINDS = {"M": "mamba2", "m": "mamba", "*": "attention", "-": "mlp"}
 """The pattern's alphabet: letter -> mixer. ``|`` marks a pipeline-stage border and is no layer."""
-
-
-def _positive(config: Any, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{prefix}.{name}", value, "must be positive", f"Set {prefix}.{name} to 1 or more")
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -38,7 +32,7 @@ class MambaConfig:
     conv_width: int = 4
 
     def validate(self) -> None:
-        _positive(self, "model.mamba", "d_inner", "state_size", "dt_rank", "conv_width")
+        require_positive(self, "model.mamba", "d_inner", "state_size", "dt_rank", "conv_width")
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Mamba2Config:
 
     def validate(self) -> None:
         prefix = "model.mamba2"
-        _positive(self, prefix, "d_inner", "head_dim", "state_size", "n_groups", "conv_width")
+        require_positive(self, prefix, "d_inner", "head_dim", "state_size", "n_groups", "conv_width")
         require(
             self.d_inner % self.head_dim == 0, f"{prefix}.head_dim", self.head_dim,
             f"d_inner = {self.d_inner} is not a multiple of it", f"Choose a divisor of {self.d_inner}",
@@ -87,7 +81,7 @@ class AttentionConfig:
 
     def validate(self) -> None:
         prefix = "model.attention"
-        _positive(self, prefix, "n_heads", "n_kv_heads", "head_dim", "rope_base")
+        require_positive(self, prefix, "n_heads", "n_kv_heads", "head_dim", "rope_base")
         require(
             self.n_heads % self.n_kv_heads == 0, f"{prefix}.n_kv_heads", self.n_kv_heads,
             f"the {self.n_heads} query heads cannot be shared out evenly", f"Choose a divisor of {self.n_heads}",
@@ -108,7 +102,7 @@ class MLPConfig:
     activation: Literal["gelu", "gelu_tanh", "squared_relu", "swiglu"] = "gelu"
 
     def validate(self) -> None:
-        _positive(self, "model.mlp", "ffn_size")
+        require_positive(self, "model.mlp", "ffn_size")
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class InitConfig:
     A_max: float = 16.0
 
     def validate(self) -> None:
-        _positive(self, "model.init", "std", "dt_min", "dt_floor", "A_min")
+        require_positive(self, "model.init", "std", "dt_min", "dt_floor", "A_min")
         for low, high in (("dt_min", "dt_max"), ("A_min", "A_max")):
             require(getattr(self, low) < getattr(self, high), f"model.init.{high}", getattr(self, high),
                     f"not above model.init.{low} = {getattr(self, low)}", "Swap or widen the range")
@@ -161,13 +155,17 @@ class ModelConfig:
             "Use M (Mamba-2), m (Mamba), * (attention), - (MLP) and | (pipeline-stage border)",
         )
         require(bool(self.pattern.strip("|")), "model.pattern", self.pattern, "names no layer", "Write at least one letter")
-        _positive(self, "model", "hidden_size", "vocab_size", "norm_eps")
+        require_positive(self, "model", "hidden_size", "vocab_size", "norm_eps")
         for kind in sorted({*self.layers}):
             getattr(self, kind).validate()
         self.init.validate()
 
     def split_units(self) -> list[SplitUnits]:
-        """What tensor parallelism shares out, of the mixers that the pattern uses."""
+        """What tensor parallelism shares out, of the mixers that the pattern uses.
+
+        Restates, with the names of settings, the split dimensions of the parameter table (model/parameters.py): on purpose,
+        as reading a configuration must not load torch. tests/unit/test_layout.py holds the two together.
+        """
         m, m2, a, mlp = self.mamba, self.mamba2, self.attention, self.mlp
         of_kind = {
             "mamba": [SplitUnits("model.mamba.d_inner", m.d_inner, m.d_inner, "Mamba's inner channels")],
@@ -213,7 +211,7 @@ class DataConfig:
     """Micro-batches read ahead by the loader's thread."""
 
     def validate(self) -> None:
-        _positive(self, "data", "seq_length", "prefetch")
+        require_positive(self, "data", "seq_length", "prefetch")
         require(min(self.split) >= 0 and self.split[0] > 0, "data.split", self.split,
                 "needs three numbers >= 0 with a positive share for training", "For example data.split=[969,30,1]")
         if self.kind == "synthetic":
@@ -264,7 +262,7 @@ class OptimConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def validate(self) -> None:
-        _positive(self, "optim", "lr", "eps")
+        require_positive(self, "optim", "lr", "eps")
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"must lie in [0, optim.lr = {self.lr}]",
                 "Lower it, for example to a tenth of optim.lr")
         for name in ("beta1", "beta2"):
@@ -287,7 +285,7 @@ class BatchRampConfig:
     samples: int
 
     def validate(self) -> None:
-        _positive(self, "trainer.batch_ramp", "start", "increment", "samples")
+        require_positive(self, "trainer.batch_ramp", "start", "increment", "samples")
 
 
 @dataclass(frozen=True)
@@ -314,7 +312,7 @@ class TrainerConfig:
     """Checkpoint and stop once this many samples are consumed (schedules still aim at train_samples)."""
 
     def validate(self) -> None:
-        _positive(self, "trainer", "global_batch_size", "micro_batch_size", "loss_chunk_tokens", "max_skipped_steps")
+        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "loss_chunk_tokens", "max_skipped_steps")
         require((self.train_samples is None) != (self.train_tokens is None), "trainer.train_samples", self.train_samples,
                 "give exactly one of trainer.train_samples and trainer.train_tokens",
                 "For example trainer.train_samples=100000")
@@ -326,6 +324,15 @@ class TrainerConfig:
             require(span >= 0 and span % self.batch_ramp.increment == 0, "trainer.batch_ramp.increment",
                     self.batch_ramp.increment, f"does not lead from {self.batch_ramp.start} to {self.global_batch_size}",
                     f"Choose a divisor of {span}")
+
+    def micro_batches(self, field: str, batch_size: int, dp_size: int) -> int:
+        """How many micro-batches make up the share of each of `dp_size` ranks in a batch of the setting `field`. Raises
+        :class:`ConfigError` for one that they cannot share out evenly."""
+        at_once = self.micro_batch_size * dp_size
+        require(batch_size % at_once == 0, field, batch_size,
+                f"not a multiple of micro_batch_size {self.micro_batch_size} x {dp_size} data-parallel ranks",
+                f"Use a multiple of {at_once}, or another trainer.micro_batch_size")
+        return batch_size // at_once
 
 
 # ---------------------------------------------------------------------------------- checkpoint, logging, eval, run
@@ -349,7 +356,7 @@ class CheckpointConfig:
     """A damaged latest checkpoint stops the run, or falls back to the newest whole one before it."""
 
     def validate(self) -> None:
-        _positive(self, "checkpoint", "interval", "keep_last")
+        require_positive(self, "checkpoint", "interval", "keep_last")
         require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must not be negative", "Use 0 for none")
 
 
@@ -375,7 +382,7 @@ class LoggingConfig:
     """bf16 dense peak of one device for MFU; default: known for A100, H100, H200, B200, otherwise MFU is left out."""
 
     def validate(self) -> None:
-        _positive(self, "logging", "interval")
+        require_positive(self, "logging", "interval")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_mamba.schema import ConfigError, require
+from megatron_mamba.schema import ConfigError, require, require_positive
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -48,9 +48,7 @@ class ParallelConfig:
     whole gradients) or after each micro-batch (a rank holds its shard only)."""
 
     def validate(self) -> None:
-        for name in ("pp", "dp_replicate", "cp", "tp"):
-            require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "must be positive",
-                    f"Set parallel.{name} to 1 or more")  # fmt: skip
+        require_positive(self, "parallel", "pp", "dp_replicate", "cp", "tp")
         require(self.dp_shard == -1 or self.dp_shard > 0, "parallel.dp_shard", self.dp_shard, "must be -1 or positive",
                 "Use -1 to take every rank that is left")  # fmt: skip
         for name in ("pp", "cp"):

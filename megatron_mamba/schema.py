@@ -25,6 +25,12 @@ def require(condition: bool, field: str, value: Any, problem: str, remedy: str) 
         raise ConfigError(field, value, problem, remedy)
 
 
+def require_positive(config: Any, prefix: str, *names: str, remedy: str = "Set {field} to 1 or more") -> None:
+    """Raise :class:`ConfigError` unless the settings `names` of the group `prefix` are positive."""
+    for name in names:
+        field, value = f"{prefix}.{name}", getattr(config, name)
+        require(value > 0, field, value, "must be positive", remedy.format(field=field))
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain nested dicts and lists, ready for YAML or JSON; :func:`from_dict` reads it back."""

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mamba.config import Config, ConfigError, ModelConfig, from_dict, require
-from megatron_mamba.model.cost import GPUS, GPUS_PER_NODE, REACHED, dp_traffic, step_seconds, tp_traffic, training_flops
+from megatron_mamba.model.cost import GPUS, GPUS_PER_NODE, REACHED, dp_traffic, step_seconds, tp_bytes, tp_traffic, training_flops
 from megatron_mamba.model.flops import flops_per_token, layer_flops
 from megatron_mamba.model.layouts import check_speeds, mesh_of, search
 from megatron_mamba.model.parameters import parameter_table
@@ -42,8 +42,6 @@ def plan(config: Config, gpus: int | None = None, gpu: str | None = None, effici
     mesh = mesh_of(config, gpus)
     parts = _parts(config.model, config.data.seq_length)
     forward = flops_per_token(config.model, config.data.seq_length)
-    traffic = tp_traffic(config)
-    everywhere = ["embedding", *config.model.layers, "output"]
     memory = step_memory(config, mesh.dp_shard, mesh.micro_batches)
     result = {
         "model": config.model.name,
@@ -66,9 +64,9 @@ def plan(config: Config, gpus: int | None = None, gpu: str | None = None, effici
         },
         "communication": {
             "tp, one layer and micro-batch": {
-                kind: {when: dict(sent) for when, sent in passes.items()} for kind, passes in traffic.items()
+                kind: {when: dict(sent) for when, sent in passes.items()} for kind, passes in tp_traffic(config).items()
             },
-            "tp, step": mesh.micro_batches * sum(sum(s.values()) for kind in everywhere for s in traffic[kind].values()),
+            "tp, step": tp_bytes(config, mesh),
             "dp, step": dict(dp_traffic(config, mesh)),
         },
         "fits": {name: memory.peak <= GPUS[name].usable for name in ([gpu] if gpu else GPUS)},

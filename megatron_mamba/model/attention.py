@@ -11,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import KeyValueState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, sum_partial
+from megatron_mamba.parallel.linear import sum_partial
 
 
 class Attention(TableModule):
@@ -23,8 +23,7 @@ class Attention(TableModule):
 
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: KeyValueState | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`; with `state`, attends to the cached positions too and adds the new ones."""
-        weights = [self.local("q_proj"), self.local("k_proj"), self.local("v_proj")]
-        packed_TC = column_parallel(x_TD, weights, self.context, gather_again=self.recompute == "selective")
+        packed_TC = self.project(x_TD, "q_proj", "k_proj", "v_proj")
         return sum_partial(self.inside(self._mix, packed_TC, info, state), self.context)
 
     def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: KeyValueState | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megatron_mamba.config import Config
 from megatron_mamba.layout import Recompute
 from megatron_mamba.model.flops import flops_per_token, layer_flops
-from megatron_mamba.model.lm import DTYPES
+from megatron_mamba.model.lm import DTYPES, master_dtype
 from megatron_mamba.model.parameters import MIXER_ROWS
 from megatron_mamba.model.step_memory import model_pieces, units_of
 
@@ -84,10 +84,18 @@ def tp_traffic(config: Config) -> dict[str, dict[str, Counter[str]]]:
     }
 
 
+def tp_bytes(config: Config, mesh: Mesh) -> int:
+    """Bytes that a rank sends to its tp ranks in a step."""
+    traffic = tp_traffic(config)
+    parts = ("embedding", *config.model.layers, "output")
+    return mesh.micro_batches * sum(sent.total() for part in parts for sent in traffic[part].values())
+
+
 def dp_traffic(config: Config, mesh: Mesh) -> Counter[str]:
     """Bytes that a rank sends to its data-parallel ranks in a step, by collective."""
     pieces = model_pieces(_few_tokens(config), mesh.dp_shard)
-    wide, narrow = 8 if config.trainer.precision == "fp64" else 4, DTYPES[config.trainer.precision].itemsize
+    precision = config.trainer.precision
+    wide, narrow = master_dtype(precision).itemsize, DTYPES[precision].itemsize
     shard, replicas = (mesh.dp_shard - 1) / mesh.dp_shard, (mesh.dp_replicate - 1) / mesh.dp_replicate
     sums = mesh.micro_batches if config.parallel.reduce_gradients == "micro_batch" else 1
     apart = sum(count for _, _, piece, _ in pieces for count in piece.apart) * wide
@@ -104,11 +112,16 @@ def dp_traffic(config: Config, mesh: Mesh) -> Counter[str]:
 
 def least_memory(config: Config, mesh: Mesh) -> int:
     """Bytes that a rank holds at the very least: weights, moments, and the residual stream before each layer."""
-    elements = sum(unit.shard for unit in units_of(model_pieces(_few_tokens(config), mesh.dp_shard)))
     tokens = config.trainer.micro_batch_size * config.data.seq_length
-    stream = tokens * config.model.hidden_size * DTYPES[config.trainer.precision].itemsize
+    precision = config.trainer.precision
+    stream = tokens * config.model.hidden_size * DTYPES[precision].itemsize
     split = mesh.tp if config.parallel.sequence_parallel else 1
-    return 12 * elements + len(config.model.layers) * stream // split
+    return 3 * master_dtype(precision).itemsize * _sharded_elements(config, mesh) + len(config.model.layers) * stream // split
+
+
+def _sharded_elements(config: Config, mesh: Mesh) -> int:
+    """Elements of a rank's part of the weights that FSDP shards."""
+    return sum(unit.shard for unit in units_of(model_pieces(_few_tokens(config), mesh.dp_shard)))
 
 
 def _few_tokens(config: Config) -> Config:
@@ -133,8 +146,7 @@ def step_seconds(config: Config, mesh: Mesh, gpu: Gpu, efficiency: float) -> dic
     second = mesh.tp * efficiency * gpu.tflops * 1e12 / tokens
     forward = flops_per_token(config.model, config.data.seq_length) / second
     backward = training_flops(config) / second - forward
-    traffic, dp = tp_traffic(config), dp_traffic(config, mesh)
-    to_tp = sum(n for kind in ("embedding", *config.model.layers, "output") for s in traffic[kind].values() for n in s.values())
+    dp = dp_traffic(config, mesh)
     shards, replicas = bandwidth(gpu, mesh.tp, mesh.dp_shard), bandwidth(gpu, mesh.tp * mesh.dp_shard, mesh.dp_replicate)
     again = config.parallel.reshard_after_forward
     before_forward = dp["all-gather, forward"] / shards / (batches if again else 1)
@@ -146,10 +158,9 @@ def step_seconds(config: Config, mesh: Mesh, gpu: Gpu, efficiency: float) -> dic
     exposed += (batches - often) * max(before_backward - backward, 0.0)
     exposed += often * max(before_backward + summing - backward, 0.0)
     exposed += dp["all-reduce, parameters kept whole"] / min(shards, replicas)
-    elements = sum(unit.shard for unit in units_of(model_pieces(_few_tokens(config), mesh.dp_shard)))
     return {
         "compute": batches * (forward + backward),
-        "tp communication": batches * to_tp / bandwidth(gpu, 1, mesh.tp),
+        "tp communication": tp_bytes(config, mesh) / bandwidth(gpu, 1, mesh.tp),
         "dp communication beyond compute": exposed,
-        "optimizer": elements * OPTIMIZER_BYTES / (REACHED * gpu.memory_gb * 1e9),
+        "optimizer": _sharded_elements(config, mesh) * OPTIMIZER_BYTES / (REACHED * gpu.memory_gb * 1e9),
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_mamba.config import Config, ConfigError, RecomputeConfig, require
+from megatron_mamba.config import Config, ConfigError, RecomputeConfig, require, require_positive
 from megatron_mamba.layout import Recompute
 from megatron_mamba.model.cost import GPUS, GPUS_PER_NODE, Mesh, least_memory, step_seconds
 from megatron_mamba.model.step_memory import step_memory
@@ -21,20 +21,16 @@ def mesh_of(config: Config, gpus: int | None) -> Mesh:
     config.model.validate()
     config.parallel.validate()
     trainer, parallel = config.trainer, config.parallel
-    positive = {"data.seq_length": config.data.seq_length, "--gpus": gpus, "trainer.micro_batch_size": trainer.micro_batch_size,
-                "trainer.global_batch_size": trainer.global_batch_size,
-                "trainer.loss_chunk_tokens": trainer.loss_chunk_tokens}  # fmt: skip
-    for name, value in positive.items():
-        require(value is None or value > 0, name, value, "must be positive", "Use 1 or more")
+    remedy = "Use 1 or more"
+    require_positive(config.data, "data", "seq_length", remedy=remedy)
+    require(gpus is None or gpus > 0, "--gpus", gpus, "must be positive", remedy)
+    require_positive(trainer, "trainer", "micro_batch_size", "global_batch_size", "loss_chunk_tokens", remedy=remedy)
     parallel.check_split(config.model.split_units(), trainer.micro_batch_size * config.data.seq_length)
     if gpus is None:
         gpus = parallel.pp * parallel.dp_replicate * max(parallel.dp_shard, 1) * parallel.cp * parallel.tp
     _, dp_replicate, dp_shard, _, tp = parallel.sizes(gpus)
-    share = trainer.micro_batch_size * dp_replicate * dp_shard
-    require(trainer.global_batch_size % share == 0, "trainer.global_batch_size", trainer.global_batch_size,
-            f"not a multiple of micro_batch_size {trainer.micro_batch_size} x {dp_replicate * dp_shard} data-parallel ranks",
-            f"Use a multiple of {share}, or another trainer.micro_batch_size")  # fmt: skip
-    return Mesh(dp_replicate, dp_shard, tp, trainer.global_batch_size // share)
+    micro_batches = trainer.micro_batches("trainer.global_batch_size", trainer.global_batch_size, dp_replicate * dp_shard)
+    return Mesh(dp_replicate, dp_shard, tp, micro_batches)
 
 
 def check_speeds(config: Config) -> None:

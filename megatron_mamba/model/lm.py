@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,11 @@ MIXERS = {"mamba2": Mamba2, "mamba": Mamba, "attention": Attention, "mlp": MLP}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
+def master_dtype(precision: str) -> torch.dtype:
+    """Of weights, their summed gradients and moments, in a run that computes in `precision`."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
 class Layer(nn.Module):
     """``x + mixer(norm(x))`` on the residual stream: `[T, D]`, or `[t, D]` with sequence parallelism."""
 
@@ -41,7 +45,8 @@ class Layer(nn.Module):
         self.mixer.recompute = recompute
 
     def forward(self, x: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
-        return (recomputed if self.recompute == "full" else _call)(self._forward, x, info, state)
+        full = self.recompute == "full"
+        return recomputed(self._forward, x, info, state) if full else self._forward(x, info, state)
 
     def _forward(self, x: Tensor, info: SequenceInfo, state: LayerState) -> Tensor:
         # A step cannot start a document: a single token after padding takes the chunked path.
@@ -49,10 +54,6 @@ class Layer(nn.Module):
         normed = self.norm(x)
         mixed: Tensor = self.mixer.step(normed, info, state) if decoding else self.mixer(normed, info, state)  # type: ignore[operator]
         return x + mixed
-
-
-def _call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return function(*inputs)
 
 
 class Embedding(TableModule):
@@ -194,8 +195,7 @@ def build(
     weights, which are the same on every mesh. `device="meta"` gives the skeleton without FSDP and memory. Raises ValueError
     for a model that the context's tp cannot share out.
     """
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    model = LanguageModel(config, context, dtype, recompute or RecomputeConfig())
+    model = LanguageModel(config, context, master_dtype(precision), recompute or RecomputeConfig())
     if device is not None and torch.device(device).type == "meta":
         return model
     ends = [] if config.tie_embeddings else [model.embedding, model.output]

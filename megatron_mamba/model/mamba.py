@@ -11,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, shared_sum, sum_partial
+from megatron_mamba.parallel.linear import shared_sum, sum_partial
 
 
 class Mamba(TableModule):
@@ -79,8 +79,7 @@ class Mamba(TableModule):
         )
 
     def _project(self, x: Tensor) -> Tensor:
-        weights = [self.local("in_proj_x"), self.local("in_proj_z")]
-        return column_parallel(x, weights, self.context, gather_again=self.recompute == "selective")
+        return self.project(x, "in_proj_x", "in_proj_z")
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt `[..., e]`, B and C `[..., N]` from the convolved x `[..., e]`."""

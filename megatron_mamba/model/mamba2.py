@@ -13,7 +13,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, group_sum, sum_partial
+from megatron_mamba.parallel.linear import group_sum, sum_partial
 
 
 class Mamba2(TableModule):
@@ -87,8 +87,7 @@ class Mamba2(TableModule):
         )
 
     def _project(self, x: Tensor) -> Tensor:
-        weights = [self.local(f"in_proj_{part}") for part in ("z", "x", "B", "C", "dt")]
-        return column_parallel(x, weights, self.context, gather_again=self.recompute == "selective")
+        return self.project(x, *(f"in_proj_{part}" for part in ("z", "x", "B", "C", "dt")))
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, the input of the convolution (x, B, C) and dt, views of the projections' output."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mamba_kernels.common
 from megatron_mamba.config import MIXER_KINDS, Config, ModelConfig
 from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
-from megatron_mamba.model.lm import DTYPES, LanguageModel
+from megatron_mamba.model.lm import DTYPES, LanguageModel, master_dtype
 from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context
 from megatron_mamba.parallel.fsdp import local
 
@@ -162,7 +162,7 @@ def _run(
     length: int,
     shortened: int,
 ) -> Piece:
-    dtype, master = DTYPES[precision], torch.float64 if precision == "fp64" else torch.float32
+    dtype, master = DTYPES[precision], master_dtype(precision)
     ledger = Ledger()
     with dry_context(layout) as context:
         uniform = RecomputeConfig(**{name: recompute for name in MIXER_KINDS.values()})

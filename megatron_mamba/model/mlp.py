@@ -11,7 +11,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import column_parallel, sum_partial
+from megatron_mamba.parallel.linear import sum_partial
 
 
 class MLP(TableModule):
@@ -24,8 +24,7 @@ class MLP(TableModule):
     def forward(self, x_TD: Tensor, info: SequenceInfo, state: None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
         names = ["gate_proj", "up_proj"] if self.activation == "swiglu" else ["up_proj"]
-        weights = [self.local(name) for name in names]
-        hidden = column_parallel(x_TD, weights, self.context, gather_again=self.recompute == "selective")
+        hidden = self.project(x_TD, *names)
         return sum_partial(self.inside(self._mix, hidden), self.context)
 
     def _mix(self, hidden: Tensor) -> Tensor:

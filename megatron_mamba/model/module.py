@@ -16,6 +16,7 @@ from megatron_mamba.layout import Recompute
 from megatron_mamba.model.parameters import ParameterSpec
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.linear import column_parallel
 
 
 class TableModule(nn.Module):
@@ -40,6 +41,12 @@ class TableModule(nn.Module):
         """How many of the units (heads, groups, channels) of parameter `name` this rank computes with."""
         row = self.rows[name]
         return tensor.local_units(row.split_dim, row.units, self.context)
+
+    def project(self, x: Tensor, *names: str) -> Tensor:
+        """``x @ concat(parameters `names`).T``, from x `[T, D]` (`[t, D]` with sequence parallelism) to `[T, C]`. If the mixer
+        is recomputed selectively, x is kept for the backward pass as it is given, and gathered again there."""
+        weights = [self.local(name) for name in names]
+        return column_parallel(x, weights, self.context, gather_again=self.recompute == "selective")
 
     def inside(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``function(*inputs)``, what lies between a mixer's projections: computed again in the backward pass if the mixer

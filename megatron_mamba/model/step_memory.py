@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from megatron_mamba.config import Config
-from megatron_mamba.model.lm import DTYPES
+from megatron_mamba.model.lm import DTYPES, master_dtype
 from megatron_mamba.model.memory import Piece, measure
 from megatron_mamba.parallel.dry_run import allocated
 
@@ -142,7 +142,8 @@ class _Step:
     def __init__(self, config: Config, pieces: Pieces) -> None:
         self.pieces, self.parallel, self.memory = pieces, config.parallel, StepMemory()
         self.moment = "between steps"
-        self.wide, self.narrow = 8 if config.trainer.precision == "fp64" else 4, DTYPES[config.trainer.precision].itemsize
+        precision = config.trainer.precision
+        self.wide, self.narrow = master_dtype(precision).itemsize, DTYPES[precision].itemsize
         self.previous = self.reducing = 0
         apart = [count for _, _, piece, _ in pieces for count in piece.apart]
         sizes = [allocated(count * self.wide) for count in [*apart, *(n for unit in units_of(pieces) for n in unit.shards)]]

@@ -6,6 +6,7 @@ scattered along dimension 0, rank after rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class Pending:
             self._work.wait()
         self._work = self._source = None
         return self._result
+
+
+Start = Callable[[Tensor, dist.ProcessGroup], Pending]
 
 
 def start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -86,26 +90,17 @@ class _AllReduce(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return start_gather(x, group).wait()
+class _Exchange(torch.autograd.Function):
+    """The collective that `there` starts; `back` starts its adjoint."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return start_scatter(grad, ctx.group).wait(), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return start_scatter(x, group).wait()
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, there: Start, back: Start) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group).wait()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return start_gather(grad, ctx.group).wait(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.back(grad, ctx.group).wait(), None, None, None
 
 
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -120,9 +115,9 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`x` `[t, ...]` of all ranks as `[T, ...]`, used differently on each rank: the gradient is summed and scattered."""
-    return x if group.size() == 1 else _Gather.apply(x, group)
+    return x if group.size() == 1 else _Exchange.apply(x, group, start_gather, start_scatter)
 
 
 def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over ranks of `x` `[T, ...]`, split by rows to `[t, ...]`; the gradient is gathered."""
-    return x if group.size() == 1 else _Scatter.apply(x, group)
+    return x if group.size() == 1 else _Exchange.apply(x, group, start_scatter, start_gather)

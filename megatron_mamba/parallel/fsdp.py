@@ -1,18 +1,18 @@
 """Data-parallel sharding with FSDP2, and the few parameters that stay out of it.
 
 Matrices are sharded per layer and gathered in the compute dtype. Parameters that stay fp32 in compute (A_log, D,
-dt_bias, norm weights) are small: they are replicated over data-parallel ranks and their gradients travel together in
-one sum at the end of the last backward pass of a step, as do those of parameters that are replicated over tp though
-each tp rank sees a part of the tokens (norm weights under sequence parallelism) or of the heads (fewer groups than ranks).
+dt_bias, norm weights) are small: they are replicated over data-parallel ranks and their gradients travel together, in one
+sum per mesh dimension at the end of the last backward pass of a step, as do those of parameters that are replicated over
+tp though each tp rank sees a part of the tokens (norm weights under sequence parallelism) or of the heads (fewer groups
+than ranks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -85,18 +85,18 @@ def sum_replicated_gradients(
     apart: Iterable[nn.Parameter], partial_over_tp: Iterable[nn.Parameter], context: ParallelContext
 ) -> None:
     """After a step's last backward pass: sum the gradients of the parameters kept `apart` over the data-parallel ranks and
-    those of `partial_over_tp` over tp, in one flat collective each."""
-    _sum_flat(apart, [context.group(d) for d in ("dp_shard", "dp_replicate") if context.size(d) > 1])
-    _sum_flat(partial_over_tp, [context.group("tp")] if context.size("tp") > 1 else [])
+    those of `partial_over_tp` over tp, in one flat collective per mesh dimension."""
+    if context.dp_size > 1:
+        _sum_flat(apart, context.sum_over_dp)
+    if context.size("tp") > 1:
+        _sum_flat(partial_over_tp, lambda flat: reduce_(flat, context.group("tp")))
 
 
-def _sum_flat(parameters: Iterable[nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> None:
+def _sum_flat(parameters: Iterable[nn.Parameter], sum_: Callable[[Tensor], Tensor]) -> None:
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if not gradients or not groups:
+    if not gradients:
         return
-    flat = torch.cat([g.flatten() for g in gradients])
-    for group in groups:
-        reduce_(flat, group)
+    flat = sum_(torch.cat([g.flatten() for g in gradients]))
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 

@@ -338,20 +338,13 @@ class Trainer:
 
 
 def _check_batches(config: Config, context: ParallelContext) -> None:
-    """The batch must share out evenly over data-parallel ranks and micro-batches."""
-    per_step = config.trainer.micro_batch_size * context.dp_size
+    """Every batch must share out evenly over data-parallel ranks and micro-batches, and the run must hold one."""
     sizes = {"trainer.global_batch_size": config.trainer.global_batch_size}
     if config.trainer.batch_ramp is not None:
         sizes["trainer.batch_ramp.start"] = config.trainer.batch_ramp.start
         sizes["trainer.batch_ramp.increment"] = config.trainer.batch_ramp.increment
     for field, size in sizes.items():
-        require(
-            size % per_step == 0,
-            field,
-            size,
-            f"not a multiple of micro_batch_size {config.trainer.micro_batch_size} x {context.dp_size} data-parallel ranks",
-            f"Use a multiple of {per_step}, or another trainer.micro_batch_size",
-        )
+        config.trainer.micro_batches(field, size, context.dp_size)
     first = min(sizes.values())
     require(
         config.train_samples >= first,

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ MODEL = tiny("Mm*-", vocab_size=60, mamba2={"d_inner": 64, "state_size": 5})
 MESHES: dict[str, dict[str, int]] = {
     "one": {},
     "tp2 dp2": {"tp": 2, "dp_shard": 2},
+    "dp2": {"dp_shard": 2},
     "tp4": {"tp": 4},
     "dp4": {"dp_shard": 4},
     "replicas2 dp2": {"dp_replicate": 2, "dp_shard": 2},
@@ -265,10 +267,12 @@ SAVED, STEPS, BATCH = 3, 10, 4
 """The step at which a run moves to another mesh, and over how many more steps of how many sequences it is compared."""
 
 
-def run(run_dir: Path, mesh: str, last: int, model: ModelConfig = MODEL, **checkpoint: Any) -> None:
-    """Start or resume a run on a mesh, up to step `last`."""
+def run(
+    run_dir: Path, mesh: str, last: int, model: ModelConfig = MODEL, *, reshard: bool = True, evaluate: int = 0, **checkpoint: Any
+) -> None:
+    """Start or resume a run on a mesh, up to step `last`, with a validation every `evaluate` steps."""
     sizes = {"dp_shard": 1} | MESHES[mesh]
-    layout = ParallelConfig(**sizes, sequence_parallel="tp" in sizes)
+    layout = ParallelConfig(**sizes, sequence_parallel="tp" in sizes, reshard_after_forward=reshard)
     config = Config(
         model=model,
         parallel=layout,
@@ -283,7 +287,7 @@ def run(run_dir: Path, mesh: str, last: int, model: ModelConfig = MODEL, **check
         ),
         checkpoint=CheckpointConfig(**{"interval": SAVED, "keep_last": 100} | checkpoint),
         logging=LoggingConfig(interval=1, console=False, tensorboard=False, wandb=WandbConfig(mode="disabled")),
-        eval=EvalConfig(interval=0),
+        eval=EvalConfig(interval=evaluate, samples=2 * BATCH),
         run=RunConfig(dir=str(run_dir)),
     ).validate()
 
@@ -359,3 +363,23 @@ def test_weights_of_another_mesh_start_a_run(runs: dict[str, Path], tmp_path: Pa
     assert figures(tmp_path / "c")[1] == other
     with pytest.raises(Exception, match=r"model\.mamba2\.state_size = 6: the checkpoint .* is of another model, with 5"):
         run(tmp_path / "d", "one", 1, tiny("Mm*-", vocab_size=60, mamba2={"d_inner": 64, "state_size": 6}), init_from=str(source))
+
+
+@pytest.mark.parametrize(("tied", "reshard"), [(True, True), (False, False), (True, False)])
+def test_a_checkpoint_after_a_validation(tied: bool, reshard: bool, tmp_path: Path) -> None:
+    """Validation gathers weights that no backward pass gives up (the root's of tied embeddings; every unit's, where they are
+    kept through a step): a checkpoint of the same step is that of a run without it, and training goes on from it alike."""
+    model = replace(MODEL, tie_embeddings=tied)
+    run(tmp_path / "plain", "dp2", SAVED + 2, model, reshard=reshard)
+    run(tmp_path / "validated", "dp2", SAVED, model, reshard=reshard, evaluate=SAVED)
+    lines = map(json.loads, (tmp_path / "validated/metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [SAVED]
+    plain, validated = (tmp_path / name / f"checkpoints/step_{SAVED:08}" for name in ("plain", "validated"))
+    files = sorted(file.name for file in plain.glob("*.safetensors"))
+    assert files == sorted(file.name for file in validated.glob("*.safetensors"))
+    for file in files:
+        expected, found = load_file(plain / file), load_file(validated / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    run(tmp_path / "validated", "dp2", SAVED + 2, model, reshard=reshard, evaluate=SAVED)
+    assert figures(tmp_path / "validated") == figures(tmp_path / "plain")
