@@ -1,6 +1,8 @@
-"""What several ops share: argument checks with readable errors, the accumulation dtype, the step size, SiLU's gradient."""
+"""What several ops share: argument checks with readable errors, the accumulation dtype, the step size, SiLU's gradient,
+and how the scans carry their state over the ranks of a spread sequence."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ BLOCK_ELEMENTS = 1 << 17
 DEVICE_BLOCK_ELEMENTS = 1 << 26
 
 Sizes = dict[str, Any]  # of dimension letters
+
+
+class SequenceRanks(Protocol):
+    """The ranks over which a sequence is spread, in order: rank i holds the i-th contiguous piece."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to collect `x` [n] (same shape on all ranks) of all ranks; the function returned waits and returns [size, n]."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,6 +101,57 @@ def positive_dt(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: to
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     return functional.softplus(dt, threshold=SOFTPLUS_IS_IDENTITY_ABOVE) if dt_softplus else dt
+
+
+def spread_ranks(op: str, ranks: SequenceRanks | None, initial_state: Tensor | None) -> SequenceRanks | None:
+    """The ranks, or None where there is but one and so nothing to exchange.
+
+    Raises ValueError for an initial state beside several ranks: it comes from decoding, which does not spread a sequence.
+    """
+    if ranks is None or ranks.size == 1:
+        return None
+    if initial_state is not None:
+        raise ValueError(f"{op}: initial_state with a sequence spread over {ranks.size} ranks, wanted None, or one rank")
+    return ranks
+
+
+def start_state_before(
+    ranks: SequenceRanks, decay: Tensor, final_state: Tensor, as_decay: Callable[[Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """Begin to compute the state before this rank's piece (Mamba-2, arXiv 2405.21060, section 8.2).
+
+    With f_i `final_state`, the state after piece i scanned from a zero state, and D_i = as_decay(decay), what the piece
+    leaves of the state before it, that is h_i = sum_{j<i} (prod_{j<k<i} D_k) f_j. Every rank sends f_i and `decay`, as
+    one vector. The function returned waits for the others' and returns h_i, a new tensor.
+    """
+    return _start_carry(ranks, range(ranks.rank), decay, final_state, as_decay)
+
+
+def start_gradient_after(
+    ranks: SequenceRanks, decay: Tensor, gradient: Tensor, as_decay: Callable[[Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """Begin to compute the gradient that this rank's final state has from the ranks after it.
+
+    The transpose of `start_state_before`: with g_j `gradient`, that of the state before piece j through the outputs of
+    piece j alone, it is sum_{j>i} (prod_{i<k<j} D_k) g_j. Every rank sends g_i and `decay`.
+    """
+    return _start_carry(ranks, range(ranks.size - 1, ranks.rank, -1), decay, gradient, as_decay)
+
+
+def _start_carry(
+    ranks: SequenceRanks, passed: Iterable[int], decay: Tensor, state: Tensor, as_decay: Callable[[Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """Send state and decay; then run state <- D_j state + state_j over the ranks passed on the way to this one."""
+    wait = ranks.start_gather(torch.cat([state.flatten(), decay.flatten()]))
+
+    def carried() -> Tensor:
+        states, decays = wait().split([state.numel(), decay.numel()], dim=1)
+        total = torch.zeros_like(state)
+        for j in passed:
+            total = torch.addcmul(states[j].view(state.shape), as_decay(decays[j].view(decay.shape)), total)
+        return total
+
+    return carried
 
 
 def silu_gradient(g_out: Tensor, v: Tensor) -> Tensor:

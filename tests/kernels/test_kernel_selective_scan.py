@@ -5,16 +5,22 @@ from functools import partial
 import pytest
 import torch
 from op_testing import (
+    DOCUMENTS,
     EXACT,
     LENGTHS,
     ONE_BF16_ROUNDING,
+    PIECES,
     AllocationWatch,
+    EchoRanks,
     assert_close,
+    assert_spread_close,
     document_starts,
     in_float64,
     outputs_and_gradients,
     randn,
+    rounded_once,
     saved_elements,
+    starts_in_pieces,
 )
 
 from mamba_kernels import selective_scan
@@ -135,7 +141,70 @@ def test_leaves_the_gradient_of_the_final_state_alone(device):
     assert torch.equal(gradient, before)
 
 
-def test_memory():
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_spread_over_ranks(pieces, documents):
+    """Every rank has of its piece what the whole sequence gives, with a gradient of every rank's final state too."""
+    inputs, starts = make_inputs(sum(pieces), initial=False), starts_in_pieces(documents, BATCH, pieces)
+    spread = partial(selective_scan, dt_softplus=True, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_spread_channels(channels):
+    pieces, inputs = (20, 7, 20), make_inputs(47, initial=False)
+    inputs |= {name: inputs[name][:, :, :channels] for name in ("x", "dt")}
+    inputs |= {name: inputs[name][:channels] for name in ("A", "D", "dt_bias")}
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(selective_scan, dt_softplus=True, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+def test_spread_growing_state():
+    """The decay of a piece in which a document starts is 0 whatever the sign of A."""
+    pieces, inputs = (11, 11, 11), make_inputs(33, initial=False)
+    inputs["A"] = inputs["A"] * torch.tensor([-0.1, 0.0, 1.0, -0.1], dtype=torch.float64)
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(selective_scan, dt_softplus=True, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_spread_in_low_precision(dtype, tolerance):
+    """The gradients of B and C, which the two halves of the channels share, are rounded once."""
+    pieces, inputs = (40, 30, 30), make_inputs(100, dtype=dtype, initial=False)
+    inputs |= {name: inputs[name].float() for name in ("A", "D", "dt_bias")}
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(selective_scan, dt_softplus=True, return_final_state=True)
+    got, want = assert_spread_close(spread, inputs, pieces, starts, tolerance)
+    assert [got[name].dtype for name in ("output 0", "output 1")] == [dtype, torch.float32]
+    if dtype == torch.bfloat16:
+        assert all(rounded_once(got[name], want[name]) for name in ("gradient of B", "gradient of C"))
+
+
+@pytest.mark.parametrize("length", [1, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_exchange(dtype, length, device):
+    """Forward and backward start all they send before they wait, and send as much whatever the length."""
+    ranks = EchoRanks(1, 3)
+    outputs_and_gradients(partial(op(), ranks=ranks), make_inputs(length, device, dtype, initial=False))
+    assert ranks.events == ["start", "start", "wait", "wait"] * 2
+    for sent in (ranks.sent[:2], ranks.sent[2:]):
+        assert sum(x.numel() for x in sent) == BATCH * CHANNELS * (STATE + 1)
+        assert all(x.dtype == torch.promote_types(dtype, torch.float32) and x.dim() == 1 for x in sent)
+
+
+def test_one_rank_exchanges_nothing(device):
+    inputs, ranks = make_inputs(50, device), EchoRanks(0, 1)
+    got, want = (outputs_and_gradients(partial(op(), ranks=r), inputs) for r in (ranks, None))
+    assert ranks.events == []
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_rejects_an_initial_state_of_a_spread_sequence():
+    with pytest.raises(ValueError, match="selective_scan: initial_state with a sequence spread over 2 ranks, wanted None"):
+        op()(**make_inputs(4), ranks=EchoRanks(0, 2))
+
+
+@pytest.mark.parametrize("ranks", [None, EchoRanks(1, 2)], ids=["", "ranks"])
+def test_memory(ranks):
     """No tensor of [S, E, N], forward or backward; kept are the inputs and a small fraction of that."""
     length, channels, state = 512, 16, 16
     inputs = {
@@ -143,9 +212,9 @@ def test_memory():
         "B": randn(1, length, state), "C": randn(1, length, state, seed=1),
     }  # fmt: skip
     with AllocationWatch() as watch:
-        outputs_and_gradients(selective_scan, inputs)
+        outputs_and_gradients(partial(selective_scan, ranks=ranks), inputs)
     assert watch.largest[torch.float64] <= length * channels * state // 16
-    assert saved_elements(selective_scan, inputs) <= length * channels * state // 16
+    assert saved_elements(partial(selective_scan, ranks=ranks), inputs) <= length * channels * state // 16
 
 
 @pytest.mark.parametrize(

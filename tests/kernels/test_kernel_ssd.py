@@ -5,16 +5,22 @@ from functools import partial
 import pytest
 import torch
 from op_testing import (
+    DOCUMENTS,
     EXACT,
     LENGTHS,
     ONE_BF16_ROUNDING,
+    PIECES,
     AllocationWatch,
+    EchoRanks,
     assert_close,
+    assert_spread_close,
     document_starts,
     in_float64,
     outputs_and_gradients,
     randn,
+    rounded_once,
     saved_elements,
+    starts_in_pieces,
 )
 
 from mamba_kernels import ssd
@@ -160,7 +166,70 @@ def test_continues_from_final_state(device):
     assert_close({"y": torch.cat([first, second], 1), "state": state}, {"y": whole, "state": whole_state}, EXACT)
 
 
-def test_memory():
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_spread_over_ranks(pieces, documents):
+    """Every rank has of its piece what the whole sequence gives, with a gradient of every rank's final state too."""
+    inputs, starts = make_inputs(sum(pieces), initial=False), starts_in_pieces(documents, BATCH, pieces)
+    spread = partial(ssd, dt_softplus=True, chunk_size=16, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 1), (3, 3), (4, 1), (4, 4)])
+def test_spread_groups(heads, groups):
+    pieces, inputs = (20, 7, 20), make_inputs(47, groups, initial=False)
+    inputs |= {name: inputs[name][:, :, :heads] for name in ("x", "dt")}
+    inputs |= {name: inputs[name][:heads] for name in ("A", "D", "dt_bias")}
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(ssd, dt_softplus=True, chunk_size=8, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+def test_spread_growing_state():
+    pieces, inputs = (11, 11, 11), make_inputs(33, initial=False)
+    inputs["A"] = -inputs["A"] / 20.0
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(ssd, dt_softplus=True, chunk_size=8, return_final_state=True)
+    assert_spread_close(spread, inputs, pieces, starts, EXACT)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_spread_in_low_precision(dtype, tolerance, groups):
+    """The gradients of B and C are rounded once, shared by the parts of the heads (G = 1) or not."""
+    pieces, inputs = (40, 30, 30), make_inputs(100, groups, dtype=dtype, initial=False)
+    inputs |= {name: inputs[name].float() for name in ("A", "D", "dt_bias")}
+    starts, spread = starts_in_pieces("few", BATCH, pieces), partial(ssd, dt_softplus=True, chunk_size=16, return_final_state=True)
+    got, want = assert_spread_close(spread, inputs, pieces, starts, tolerance)
+    assert [got[name].dtype for name in ("output 0", "output 1")] == [dtype, torch.float32]
+    if dtype == torch.bfloat16:
+        assert all(rounded_once(got[name], want[name]) for name in ("gradient of B", "gradient of C"))
+
+
+@pytest.mark.parametrize("length", [1, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_exchange(dtype, length, device):
+    """Forward and backward start all they send before they wait, and send as much whatever the length."""
+    ranks = EchoRanks(1, 3)
+    outputs_and_gradients(partial(op(16), ranks=ranks), make_inputs(length, device=device, dtype=dtype, initial=False))
+    assert ranks.events == ["start", "start", "wait", "wait"] * 2
+    for sent in (ranks.sent[:2], ranks.sent[2:]):
+        assert sum(x.numel() for x in sent) == BATCH * HEADS * (HEAD_DIM * STATE + 1)
+        assert all(x.dtype == torch.promote_types(dtype, torch.float32) and x.dim() == 1 for x in sent)
+
+
+def test_one_rank_exchanges_nothing(device):
+    inputs, ranks = make_inputs(50, device=device), EchoRanks(0, 1)
+    got, want = (outputs_and_gradients(partial(op(16), ranks=r), inputs) for r in (ranks, None))
+    assert ranks.events == []
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_rejects_an_initial_state_of_a_spread_sequence():
+    with pytest.raises(ValueError, match="ssd: initial_state with a sequence spread over 2 ranks, wanted None"):
+        op()(**make_inputs(4), ranks=EchoRanks(0, 2))
+
+
+@pytest.mark.parametrize("ranks", [None, EchoRanks(1, 2)], ids=["", "ranks"])
+def test_memory(ranks):
     """Kept for the backward: inputs, dt and one state a chunk. Nothing of [S, Q] for all heads or [S, H, N] is made."""
     length, heads, chunk = 1024, 8, 32
     inputs = {
@@ -168,10 +237,10 @@ def test_memory():
         "B": randn(1, length, 1, 8), "C": randn(1, length, 1, 8, seed=1),
     }  # fmt: skip
     with AllocationWatch() as watch:
-        outputs_and_gradients(partial(ssd, chunk_size=chunk), inputs)
+        outputs_and_gradients(partial(ssd, chunk_size=chunk, ranks=ranks), inputs)
     assert watch.largest[torch.float64] < length * heads * 8
     states = length // chunk * heads * 2 * 8
-    assert saved_elements(partial(ssd, chunk_size=chunk), inputs) <= states
+    assert saved_elements(partial(ssd, chunk_size=chunk, ranks=ranks), inputs) <= states
 
 
 @pytest.mark.parametrize(

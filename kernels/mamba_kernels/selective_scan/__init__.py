@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from mamba_kernels.common import Sizes, accumulate_dtype, check_document_start, check_tensors, positive_dt
+from mamba_kernels.common import (
+    SequenceRanks,
+    Sizes,
+    accumulate_dtype,
+    check_document_start,
+    check_tensors,
+    positive_dt,
+    spread_ranks,
+)
 from mamba_kernels.selective_scan import reference
 
 
@@ -19,6 +27,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     document_start: Tensor | None = None,
     return_final_state: bool = False,
+    ranks: SequenceRanks | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with the S6 recurrence (Mamba, arXiv 2312.00752, equation 2 and algorithm 2).
 
@@ -32,7 +41,16 @@ def selective_scan(
 
     Returns y [B, S, E] in the dtype of x, and with `return_final_state` also the state after the last token, [B, E, N]
     in float32 (float64 if x is). Differentiable in every floating-point argument, also through the final state. No
-    tensor of S * E * N elements exists, forward or backward. Raises ValueError for a wrong shape, dtype or device.
+    tensor of S * E * N elements exists, forward or backward.
+
+    `ranks` are those over which the sequence is spread (as for SSD: Mamba-2, arXiv 2405.21060, section 8.2): S is the
+    length of this rank's piece, and y, final state and gradients of the piece are what the whole sequence gives; the
+    gradients of A, D and dt_bias are this rank's share, for the caller to sum. Only a document_start begins a document:
+    the first token of a piece alone does not. Forward and backward exchange B * E * (N + 1) numbers a rank each, in the
+    dtype of the state and for any S, in one gather for each half of the channels, which overlaps the work on the other
+    half. A group of one rank exchanges nothing.
+
+    Raises ValueError for a wrong shape, dtype or device, and for an initial_state with several ranks.
     """
     sizes: Sizes = {}
     check_tensors(
@@ -40,6 +58,7 @@ def selective_scan(
         D=(D, "E"), dt_bias=(dt_bias, "E"), initial_state=(initial_state, "B E N"),
     )  # fmt: skip
     check_document_start("selective_scan", sizes, document_start, x.device)
+    ranks = spread_ranks("selective_scan", ranks, initial_state)
     dt = positive_dt(dt, dt_bias, dt_softplus, accumulate_dtype(x.dtype))
-    y, final_state = reference.selective_scan(x, dt, A, B, C, D, initial_state, document_start)
+    y, final_state = reference.selective_scan(x, dt, A, B, C, D, initial_state, document_start, ranks)
     return (y, final_state) if return_final_state else y

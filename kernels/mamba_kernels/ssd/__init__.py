@@ -2,7 +2,16 @@
 
 from torch import Tensor
 
-from mamba_kernels.common import Sizes, accumulate_dtype, check_document_start, check_groups, check_tensors, positive_dt
+from mamba_kernels.common import (
+    SequenceRanks,
+    Sizes,
+    accumulate_dtype,
+    check_document_start,
+    check_groups,
+    check_tensors,
+    positive_dt,
+    spread_ranks,
+)
 from mamba_kernels.ssd import reference
 
 
@@ -20,6 +29,7 @@ def ssd(
     document_start: Tensor | None = None,
     chunk_size: int | None = None,
     return_final_state: bool = False,
+    ranks: SequenceRanks | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan a sequence with the SSD recurrence (Mamba-2, arXiv 2405.21060, equations 1 and 16; by chunks, section 6).
 
@@ -33,7 +43,15 @@ def ssd(
 
     Returns y [B, S, H, P] in the dtype of x, and with `return_final_state` also the state after the last token,
     [B, H, P, N] in float32 (float64 if x is). Differentiable in every floating-point argument, also through the final
-    state. Computes in the dtype of the state. Raises ValueError for a wrong shape, dtype, device or chunk size.
+    state. Computes in the dtype of the state.
+
+    `ranks` are those over which the sequence is spread (section 8.2): S is the length of this rank's piece, and y, final
+    state and gradients of the piece are what the whole sequence gives; the gradients of A, D and dt_bias are this rank's
+    share, for the caller to sum. Only a document_start begins a document: the first token of a piece alone does not.
+    Forward and backward exchange B * H * (P * N + 1) numbers a rank each, in the dtype of the state and for any S, in one
+    gather for each half of the heads, which overlaps the work on the other half. A group of one rank exchanges nothing.
+
+    Raises ValueError for a wrong shape, dtype, device or chunk size, and for an initial_state with several ranks.
     """
     sizes: Sizes = {}
     check_tensors(
@@ -44,6 +62,7 @@ def ssd(
     check_document_start("ssd", sizes, document_start, x.device)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, wanted a positive number of tokens or None")
+    ranks = spread_ranks("ssd", ranks, initial_state)
     dt = positive_dt(dt, dt_bias, dt_softplus, accumulate_dtype(x.dtype))
-    y, final_state = reference.ssd(x, dt, A, B, C, D, initial_state, document_start, chunk_size)
+    y, final_state = reference.ssd(x, dt, A, B, C, D, initial_state, document_start, chunk_size, ranks)
     return (y, final_state) if return_final_state else y
