@@ -160,6 +160,12 @@ class ModelConfig:
             getattr(self, kind).validate()
         self.init.validate()
 
+    @property
+    def halo(self) -> int:
+        """Tokens before a piece of a sequence that the widest convolution sees."""
+        widths = {"mamba": self.mamba.conv_width, "mamba2": self.mamba2.conv_width}
+        return max((widths.get(kind, 1) - 1 for kind in self.layers), default=0)
+
     def split_units(self) -> list[SplitUnits]:
         """What tensor parallelism shares out, of the mixers that the pattern uses.
 
@@ -440,8 +446,7 @@ class Config:
             check = getattr(getattr(self, part.name), "validate", None)
             if check is not None:
                 check()
-        tokens = self.trainer.micro_batch_size * self.data.seq_length
-        self.parallel.check_split(self.model.split_units(), tokens)
+        self.check_layout()
         sizes = [self.trainer.global_batch_size]
         if self.trainer.batch_ramp is not None:
             sizes += [self.trainer.batch_ramp.start, self.trainer.batch_ramp.increment]
@@ -449,3 +454,13 @@ class Config:
             require(size % self.trainer.micro_batch_size == 0, "trainer.micro_batch_size", self.trainer.micro_batch_size,
                     f"a global batch of {size} is not a multiple of it", f"Choose a divisor of {size}")
         return self
+
+    def check_layout(self) -> None:
+        """Refuse a layout that cannot share out the model, whatever the number of ranks."""
+        self.parallel.check_split(
+            self.model.split_units(), self.trainer.micro_batch_size, self.data.seq_length, self.model.halo
+        )
+        require(not self.model.tie_embeddings or self.parallel.pp == 1, "model.tie_embeddings", True,
+                f"over parallel.pp = {self.parallel.pp} embedding and output lie on different ranks, each with a copy of the one "
+                "weight: its gradients would have to be summed over them, and counted once in the gradient norm",
+                "Set model.tie_embeddings=false, or parallel.pp=1")

@@ -14,12 +14,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say by how much ranks differed from one rank, over all meshes and with each planted bug, and what all started from."""
-    figures, seconds, planted, weights = [], 0.0, {}, []
+    figures, seconds, planted, weights, documents, traffic = [], 0.0, {}, [], {}, {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in getattr(report, "user_properties", ()):
             if name == "parity" and report.when == "call":
                 figures += value
                 seconds += report.duration
+            if name == "documents" and report.when == "call":
+                documents |= value
+            if name == "cp traffic" and report.when == "call":
+                traffic |= value
             if name == "planted" and report.when == "call":
                 planted |= value
             if name == "initial weights" and report.when == "call":
@@ -30,6 +34,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"ranks against one rank: {len(figures)} cases in {seconds:.0f} s; largest differences: {shown}"
         )
+    if documents:
+        losses, gradients = (max(pair[i] for pair in documents.values()) for i in range(2))
+        terminalreporter.write_line(
+            f"packed documents against one by one: {len(documents)} models and cp sizes; largest differences: "
+            f"losses of tokens {losses:.1e}, gradients {gradients:.1e}"
+        )
+    for kind, lengths in traffic.items():
+        shown = "; ".join(f"S {length:,}: {ours:,} ({theirs:,})" for length, (ours, theirs) in lengths.items())
+        terminalreporter.write_line(f"bytes a layer {kind} sends over cp4 (an all-to-all of activations): {shown}")
     if weights:
         terminalreporter.write_line(f"initial weights: sha256 {' '.join(sorted({*weights}))} on one rank and {len(weights)} meshes")
     for bug, differences in planted.items():

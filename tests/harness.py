@@ -18,12 +18,16 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from megatron_mamba.config import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from megatron_mamba.model import LanguageModel, build
+from megatron_mamba.config import Config, ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
+from megatron_mamba.data.loader import Batch
+from megatron_mamba.layout import Schedule
+from megatron_mamba.model import LanguageModel, build_pipeline
 from megatron_mamba.model.parameters import parameter_table
+from megatron_mamba.model.stages import stages_of
 from megatron_mamba.optim import build_optimizer, clip_, global_grad_norm, set_learning_rate
 from megatron_mamba.parallel import fsdp, tensor
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
+from megatron_mamba.parallel.pipeline import Pipeline
 
 BATCH, LENGTH, STEPS = 4, 36, 2
 CLIP = 0.5
@@ -56,7 +60,12 @@ class Case:
     reshard_after_forward: bool = True
     reduce_every_micro_batch: bool = False
     batch: int = BATCH
-    """Sequences a step, in two micro-batches on each data-parallel rank that gets more than one."""
+    """Sequences a step."""
+    micro_batches: int = 2
+    """A step, on each data-parallel rank that gets as many sequences."""
+    schedule: Schedule = "1f1b"
+    """Of a pipeline, if the mesh has one."""
+    stages_per_rank: int | None = None
 
 
 Result = dict[str, Tensor]
@@ -64,70 +73,90 @@ Result = dict[str, Tensor]
 them (one rank: as global tensors)."""
 
 
-def owned(model: LanguageModel) -> dict[str, tuple[slice, ...]]:
-    """Where this rank's part of each parameter lies in the global tensor."""
+def owned(*models: LanguageModel) -> dict[str, tuple[slice, ...]]:
+    """Where this rank's part of each parameter of the models (stages of one) lies in the global tensor."""
     return {
         name: tensor.owned_slices(row.shape, row.split_dim, row.units, model.context, sharded=not row.fp32)
+        for model in models
         for name, _, row in model.table_parameters()
     }
 
 
 def perturb(model: LanguageModel, seed: int = 5) -> None:
     """Add noise, the same on every mesh, to every weight: ones and zeros would hide a slice that lies wrong."""
-    slices = owned(model)
-    for i, (name, parameter, row) in enumerate(model.table_parameters()):
-        noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
+    slices, number = owned(model), {name: i for i, name in enumerate(parameter_table(model.config))}
+    for name, parameter, row in model.table_parameters():
+        noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(seed + number[name]), dtype=torch.float64)
         fsdp.local(parameter.detach()).add_(0.2 * noise[slices[name]] * (row.shape[-1] ** -0.5 if row.decay else 1.0))
 
 
-def train(case: Case, context: ParallelContext) -> tuple[Result, dict[str, tuple[slice, ...]]]:
-    """Two steps of (if the batch allows) two micro-batches on this rank's share of a batch of packed sequences.
-
-    Returns this rank's results, and where they lie in the global ones.
-    """
+def pipeline_of(case: Case, context: ParallelContext) -> Pipeline:
+    """The case's model on this rank, cut into stages if the mesh has a pipeline, with noise on its weights."""
+    pp, layout = context.size("pp"), ParallelConfig()
+    if pp > 1:
+        layout = ParallelConfig(pp=pp, schedule=case.schedule, stages_per_rank=case.stages_per_rank)
+    layout.validate()
     context = replace(
         context,
         sequence_parallel=case.sequence_parallel and context.size("tp") > 1,
         reshard_after_forward=case.reshard_after_forward,
         reduce_every_micro_batch=case.reduce_every_micro_batch,
+        schedule=layout.schedule,
+        deferred=[] if layout.schedule in ("zero_bubble", "zbv") else None,
     )
-    model = build(case.model, context, precision=case.precision, seed=11, recompute=case.recompute)
-    perturb(model)
-    parameters = list(model.parameters())
-    optimizer = build_optimizer(model.named_parameters(), parameter_table(case.model), OptimConfig(lr=1e-2))
+    stages = stages_of(Config(model=case.model, parallel=layout))
+    pipeline = build_pipeline(case.model, stages, context, precision=case.precision, seed=11, recompute=case.recompute)
+    for module in pipeline.modules:
+        perturb(module)
+    return pipeline
+
+
+def share_of(case: Case, context: ParallelContext, generator: torch.Generator) -> list[Batch]:
+    """This rank's share of a batch of packed sequences, in micro-batches; over cp ranks, its pieces of them."""
+    tokens = torch.randint(0, case.model.vocab_size, (case.batch, LENGTH + 1), generator=generator)
+    starts = torch.rand(case.batch, LENGTH, generator=generator) < 0.1
+    share = case.batch // context.dp_size
+    mine = slice(context.dp_rank * share, (context.dp_rank + 1) * share)
+    size = max(share // case.micro_batches, 1)
+    micro_batches = zip(tokens[mine].split(size), starts[mine].split(size), strict=True)
+    rank, ranks = context.rank("cp"), context.size("cp")
+    return [Batch(t[:, :-1], t[:, 1:], s).pieces(rank, ranks) for t, s in micro_batches]
+
+
+def train(case: Case, context: ParallelContext) -> tuple[Result, dict[str, tuple[slice, ...]]]:
+    """Two steps of (if the batch allows) several micro-batches on this rank's share of a batch of packed sequences.
+
+    Returns this rank's results, and where they lie in the global ones.
+    """
+    pipeline = pipeline_of(case, context)
+    named = pipeline.named_parameters()
+    parameters = [parameter for _, parameter in named]
+    optimizer = build_optimizer(named, parameter_table(case.model), OptimConfig(lr=1e-2))
     set_learning_rate(optimizer, 1e-2)
     generator, found = torch.Generator().manual_seed(2), {}
     for step in range(STEPS):
-        tokens = torch.randint(0, case.model.vocab_size, (case.batch, LENGTH + 1), generator=generator)
-        starts = torch.rand(case.batch, LENGTH, generator=generator) < 0.1
-        share = case.batch // context.dp_size
-        mine = slice(context.dp_rank * share, (context.dp_rank + 1) * share)
-        micro_batches = list(zip(tokens[mine].split(max(share // 2, 1)), starts[mine].split(max(share // 2, 1)), strict=True))
-        loss = torch.zeros((), dtype=torch.float64)
-        for i, (t, s) in enumerate(micro_batches):
-            model.last_backward(i == len(micro_batches) - 1)
-            scale = 1 / (case.batch * LENGTH)
-            part = model(t[:, :-1], labels_BS=t[:, 1:], document_start_BS=s, scale=scale, chunk_tokens=20)
-            part.backward()
-            loss += part.detach()
-        model.sum_gradients()
-        found |= {f"gradient {step} {n}": fsdp.local(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-        found[f"loss {step}"] = context.sum_over_dp(loss)
+        batches = share_of(case, context, generator)
+        loss = pipeline.step(batches, scale=1 / (case.batch * LENGTH), chunk_tokens=20)
+        found |= {f"gradient {step} {n}": fsdp.local(p.grad).clone() for n, p in named if p.grad is not None}
+        found[f"loss {step}"] = pipeline.total(loss)
         norm = global_grad_norm(parameters, context)
         found[f"norm {step}"] = norm.clone()
         clip_(parameters, norm, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-    found |= {f"parameter {name}": fsdp.local(p).detach().clone() for name, p in model.named_parameters()}
-    return found, {key: index for name, index in owned(model).items() for key in found if key.split()[-1] == name}
+    found |= {f"parameter {name}": fsdp.local(p).detach().clone() for name, p in named}
+    slices = owned(*pipeline.modules)
+    return found, {key: index for name, index in slices.items() for key in found if key.split()[-1] == name}
 
 
 def differences(found: Result, slices: dict[str, tuple[slice, ...]], expected: Result) -> dict[str, float]:
     """Largest difference of this rank's losses, gradients, gradient norms and parameters from one rank's, relative to the
-    2-norm of the whole tensor; infinite for what only one of the two has."""
+    2-norm of the whole tensor; infinite for what only one of the two has, but for parameters of other ranks' stages."""
     largest: dict[str, float] = {}
     for name in expected | found:
         kind, error = name.split()[0], math.inf
+        if kind in ("gradient", "parameter") and f"parameter {name.split()[-1]}" not in found:
+            continue
         if name in found and name in expected:
             value = expected[name]
             error = float((found[name] - value[slices.get(name, ...)]).norm() / value.norm().clamp(min=1e-30))
@@ -146,15 +175,20 @@ def compare_training(
     with tempfile.TemporaryDirectory() as folder:
 
         def body(context: ParallelContext) -> None:
-            found = {}
+            found, seen = {}, {}
             for name, case in cases.items():
                 with (within or {}).get(name, nullcontext()):
-                    found[name] = differences(*train(case, context), expected[name])
-            torch.save(found, f"{folder}/{context.global_rank}")
+                    result, slices = train(case, context)
+                found[name], seen[name] = differences(result, slices, expected[name]), {*result}
+            torch.save((found, seen), f"{folder}/{context.global_rank}")
 
         on_ranks(sizes, body)
-        ranks = [torch.load(f"{folder}/{rank}") for rank in range(math.prod(sizes.values()))]
-    return {name: {kind: max(rank[name][kind] for rank in ranks) for kind in ranks[0][name]} for name in cases}
+        ranks, seen = zip(*(torch.load(f"{folder}/{rank}") for rank in range(math.prod(sizes.values()))), strict=True)
+    largest = {name: {kind: max(rank[name][kind] for rank in ranks) for kind in ranks[0][name]} for name in cases}
+    for name in cases:
+        for missing in expected[name].keys() - set().union(*(rank[name] for rank in seen)):
+            largest[name][missing.split()[0]] = math.inf
+    return largest
 
 
 def train_alone(cases: Iterable[Case]) -> list[Result]:

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_mamba.config import Config, ConfigError
-from megatron_mamba.model import build
+from megatron_mamba.data.loader import Batch
+from megatron_mamba.model import build_pipeline
 from megatron_mamba.model.parameters import parameter_table
+from megatron_mamba.model.stages import stages_of
 from megatron_mamba.model.step_memory import step_memory
 from megatron_mamba.optim import build_optimizer, clip_, global_grad_norm
 from megatron_mamba.parallel.collectives import reduce_
-from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.train.__main__ import compose
 
 STEPS, GIB = 3, 2**30
@@ -41,24 +45,32 @@ def measure(config: Config, context: ParallelContext, micro_batches: int) -> dic
         found["peak"] = max(found["peak"], most)
         torch.cuda.reset_peak_memory_stats(device)
 
-    model = build(config.model, context, precision=config.trainer.precision, seed=config.run.seed, recompute=config.recompute)
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        yield
+        note(name)
+
+    pipeline = build_pipeline(
+        config.model,
+        stages_of(config),
+        context,
+        precision=config.trainer.precision,
+        seed=config.run.seed,
+        recompute=config.recompute,
+    )
     found["model"] = torch.cuda.memory_allocated(device)
-    optimizer = build_optimizer(model.named_parameters(), parameter_table(config.model), config.optim)
+    named = pipeline.named_parameters()
+    optimizer = build_optimizer(named, parameter_table(config.model), config.optim)
     found["optimizer"] = torch.cuda.memory_allocated(device)
-    parameters = list(model.parameters())
+    parameters = [parameter for _, parameter in named]
     torch.manual_seed(context.dp_rank)  # the ranks of one sample read the same tokens
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1), device=device)
+    piece = Batch(tokens[:, :-1], tokens[:, 1:], None).pieces(context.rank("cp"), context.size("cp"))
     for step in range(STEPS):
         if step == 1:
             found["peak"] = 0
-        for i in range(micro_batches):
-            model.last_backward(i == micro_batches - 1)
-            scale, chunk = 1 / (batch * length * micro_batches), config.trainer.loss_chunk_tokens
-            loss = model(tokens[:, :-1], labels_BS=tokens[:, 1:], scale=scale, chunk_tokens=chunk)
-            note("forward")
-            loss.backward()
-            note("backward")
-        model.sum_gradients()
+        scale, chunk = 1 / (batch * length * micro_batches), config.trainer.loss_chunk_tokens
+        pipeline.step([piece] * micro_batches, scale=scale, chunk_tokens=chunk, phase=phase)
         clip_(parameters, global_grad_norm(parameters, context), config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -75,27 +87,33 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         config = compose(["data=synthetic", "trainer.train_samples=1000000", *args.overrides])
+        size = args.micro_batches * config.trainer.micro_batch_size
+        config.parallel.check_micro_batches("--micro-batches", args.micro_batches, size, args.micro_batches)
         context = ParallelContext.create(config.parallel, "cuda")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = measure(config, context, args.micro_batches)
     largest = torch.tensor(list(found.values()), device=context.device)
-    for dimension in ("tp", "dp_shard", "dp_replicate"):
+    for dimension in MESH_DIMENSIONS:
         reduce_(largest, context.group(dimension), "max")
     measured = dict(zip(found, largest.tolist(), strict=True))
-    is_main, ranks, dp_shard = context.global_rank == 0, context.world_size, context.size("dp_shard")
+    is_main, ranks, shards = context.global_rank == 0, context.world_size, context.shard_size
     # The prediction makes a process group of its own.
     context.close()
     if not is_main:
         return 0
-    predicted = step_memory(config, dp_shard, args.micro_batches)
+    stages, pp_ranks = stages_of(config), range(config.parallel.pp)
+    of_each = [step_memory(config, shards, args.micro_batches, stages, rank) for rank in pp_ranks]
+    predicted = max(of_each, key=lambda memory: memory.peak)
     console = Console(width=100, highlight=False)
     where = f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
     table = Table(title=f"{config.model.name} {config.model.pattern}, {where}")
     for heading in ("GiB on a rank", "predicted", "measured", "difference"):
         table.add_column(heading, justify="left" if heading == "GiB on a rank" else "right", no_wrap=True)
-    rows = {**predicted.milestones, "peak": predicted.peak} if args.timeline else {"peak": predicted.peak}
+    # A pipeline's milestones lie inside its schedule, where nothing is measured.
+    milestones = {name: size for name, size in predicted.milestones.items() if args.timeline and name in measured}
+    rows = {**milestones, "peak": predicted.peak}
     for name, size in rows.items():
         table.add_row(name, f"{size / GIB:.3f}", f"{measured[name] / GIB:.3f}", f"{size / measured[name] - 1:+.2%}")
     console.print(table)

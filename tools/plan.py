@@ -7,7 +7,8 @@ takes the options of training, and
     --gpus N        ranks (default: as many as the mesh needs, with parallel.dp_shard=-1 as 1)
     --gpu NAME      a100-40, a100-80, h100, h200 or b200: whether it fits, and a predicted time (default: whether it fits any)
     --search N      list the layouts on N GPUs (--gpu, default h200) that fit, the fastest predicted first; it varies parallel.tp,
-                    sequence_parallel, dp_shard, dp_replicate, reshard_after_forward, micro_batch_size and recompute
+                    sequence_parallel, cp (sequences of 32768 tokens or more), pp and schedule (more than one node), dp_shard,
+                    dp_replicate, reshard_after_forward, micro_batch_size and recompute; cp and pp also if nothing fits without
     --top N         how many of them (default 20)
     --efficiency F  share of a GPU's peak FLOP/s that compute reaches, for predicted times (default 0.4)
     --json          print plain data
@@ -27,11 +28,24 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mamba.config import Config, ConfigError, ModelConfig, from_dict, require
-from megatron_mamba.model.cost import GPUS, GPUS_PER_NODE, REACHED, dp_traffic, step_seconds, tp_bytes, tp_traffic, training_flops
-from megatron_mamba.model.flops import flops_per_token, layer_flops
-from megatron_mamba.model.layouts import check_speeds, mesh_of, search
+from megatron_mamba.model.cost import (
+    GPUS,
+    GPUS_PER_NODE,
+    REACHED,
+    Mesh,
+    dp_traffic,
+    parts_of,
+    pp_bytes,
+    ranks_of,
+    step_bytes,
+    step_seconds,
+    traffic,
+)
+from megatron_mamba.model.flops import flops_per_token, layer_flops, output_flops, training_flops
+from megatron_mamba.model.layouts import check_speeds, fullest, mesh_of, search
 from megatron_mamba.model.parameters import parameter_table
-from megatron_mamba.model.step_memory import step_memory
+from megatron_mamba.model.schedule import StageTime, pipeline_time
+from megatron_mamba.model.stages import Stage, flop_costs, imbalance, rank_costs, rank_of, stage_costs, stages_of
 from megatron_mamba.train.__main__ import compose_tree
 
 GIB, MIB = 2**30, 2**20
@@ -39,10 +53,11 @@ GIB, MIB = 2**30, 2**20
 
 def plan(config: Config, gpus: int | None = None, gpu: str | None = None, efficiency: float = 0.4) -> dict[str, Any]:
     """What `config` costs on `gpus` ranks: bytes, FLOPs, seconds. Raises :class:`ConfigError` for what cannot be."""
-    mesh = mesh_of(config, gpus)
+    mesh, stages = mesh_of(config, gpus), stages_of(config)
     parts = _parts(config.model, config.data.seq_length)
     forward = flops_per_token(config.model, config.data.seq_length)
-    memory = step_memory(config, mesh.dp_shard, mesh.micro_batches)
+    rank, memories = fullest(config, mesh, stages)
+    memory, here = memories[rank], [part for stage in ranks_of(config, stages)[rank] for part in parts_of(config, stage)]
     result = {
         "model": config.model.name,
         "pattern": config.model.pattern,
@@ -51,11 +66,12 @@ def plan(config: Config, gpus: int | None = None, gpu: str | None = None, effici
         "parallel": asdict(config.parallel),
         "recompute": asdict(config.recompute),
         "mesh": mesh._asdict(),
-        "gpus": mesh.tp * mesh.dp_shard * mesh.dp_replicate,
+        "gpus": mesh.gpus,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "flops_per_token": {"forward": forward, "training": 3 * forward, "training with recomputation": training_flops(config)},
         "parts": parts,
         "memory": {
+            "pipeline_rank": rank,
             "peak": memory.peak,
             "moment": memory.moment,
             "at_peak": memory.at_peak,
@@ -63,18 +79,42 @@ def plan(config: Config, gpus: int | None = None, gpu: str | None = None, effici
             "milestones": memory.milestones,
         },
         "communication": {
-            "tp, one layer and micro-batch": {
-                kind: {when: dict(sent) for when, sent in passes.items()} for kind, passes in tp_traffic(config).items()
-            },
-            "tp, step": tp_bytes(config, mesh),
-            "dp, step": dict(dp_traffic(config, mesh)),
+            "one layer and micro-batch": traffic(config),
+            "tp, step": step_bytes(config, mesh, "tp", here),
+            "cp, step": step_bytes(config, mesh, "cp", here),
+            "pp, step": pp_bytes(config, mesh, stages, rank),
+            "dp, step": dict(dp_traffic(config, mesh, stages, rank)),
         },
         "fits": {name: memory.peak <= GPUS[name].usable for name in ([gpu] if gpu else GPUS)},
     }
+    if mesh.pp > 1:
+        result["pipeline"] = _pipeline(config, mesh, stages) | {"peaks": [each.peak for each in memories]}
     if gpu:
         check_speeds(config)
-        result["seconds"] = step_seconds(config, mesh, GPUS[gpu], efficiency)
+        result["seconds"] = step_seconds(config, mesh, stages, GPUS[gpu], efficiency)
     return result
+
+
+def _pipeline(config: Config, mesh: Mesh, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The stages, how equal they are by counted FLOPs, and how long ranks wait for each other as they would with stages of as
+    many layers each (computing alone; a third of a stage's work forward, and half of the rest for weights that are put off)."""
+    parallel, costs, layers = config.parallel, flop_costs(config), len(config.model.layers)
+    each = stage_costs(stages, costs)
+    count = [range(i * layers // len(stages), (i + 1) * layers // len(stages)) for i in range(len(stages))]
+    by_count = stage_costs([Stage(i, len(stages), some) for i, some in enumerate(count)], costs)
+    rank_sums = rank_costs(stages, costs, parallel)
+
+    def idle(sizes: Sequence[float]) -> float:
+        return pipeline_time(parallel, mesh.micro_batches, [StageTime(c / 3, c / 3, c / 3) for c in sizes]).idle
+
+    return {
+        "stages": [
+            {"rank": rank_of(stage.index, parallel), "layers": [stage.layers.start, stage.layers.stop], "flops": cost}
+            for stage, cost in zip(stages, each, strict=True)
+        ],
+        "imbalance": {"stages": imbalance(each), "ranks": imbalance(rank_sums), "equal layers": imbalance(by_count)},
+        "idle": {"stages": idle(each), "equal layers": idle(by_count), "equal stages": idle([1.0] * len(stages))},
+    }
 
 
 def _parts(model: ModelConfig, seq_length: int) -> dict[str, dict[str, Any]]:
@@ -85,7 +125,7 @@ def _parts(model: ModelConfig, seq_length: int) -> dict[str, dict[str, Any]]:
         layers = model.layers.count(kind)
         flops = layers * layer_flops(model, kind, seq_length) if kind in kinds else 0.0
         parts[kind] = {"layers": layers, "parameters": 0, "forward_flops_per_token": flops}
-    parts["output"]["forward_flops_per_token"] = 2.0 * model.hidden_size * model.vocab_size
+    parts["output"]["forward_flops_per_token"] = output_flops(model)
     for row in parameter_table(model).values():
         prefix, *rest = row.name.split(".")
         parts[model.layers[int(rest[0])] if prefix == "layers" else prefix]["parameters"] += row.numel
@@ -108,7 +148,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"{result['model']}, {result['seq_length']:,} tokens a sequence, pattern {result['pattern']}", highlight=False)
     console.print(f"on {result['gpus']} GPUs: {mesh}, micro_batch_size {result['micro_batch_size']}", highlight=False)
     _show_parts(result, console)
-    memory, table = result["memory"], _table("GiB on a rank", "at the peak", "largest")
+    if "pipeline" in result:
+        _show_pipeline(result, console)
+    memory = result["memory"]
+    rank = f"pipeline rank {memory['pipeline_rank']}" if "pipeline" in result else "a rank"
+    table = _table(f"GiB on {rank}", "at the peak", "largest")
     for name, size in memory["largest"].items():
         table.add_row(name, f"{memory['at_peak'].get(name, 0) / GIB:,.2f}", f"{size / GIB:,.2f}")
     table.add_section()
@@ -142,29 +186,54 @@ def _show_parts(result: dict[str, Any], console: Console) -> None:
     )  # fmt: skip
 
 
+def _show_pipeline(result: dict[str, Any], console: Console) -> None:
+    pipeline, peaks = result["pipeline"], result["pipeline"]["peaks"]
+    table = _table("stage", "rank", "layers", "pattern", "GFLOP/\ntoken", "of the\nmean", "rank's\nGiB", left=0)
+    mean = sum(stage["flops"] for stage in pipeline["stages"]) / len(pipeline["stages"])
+    letters = result["pattern"].replace("|", "")
+    for i, stage in enumerate(pipeline["stages"]):
+        begin, end = stage["layers"]
+        table.add_row(f"{i}", f"{stage['rank']}", f"{end - begin}", letters[begin:end], f"{stage['flops'] / 1e9:,.2f}",
+                      f"{stage['flops'] / mean:.1%}", f"{peaks[stage['rank']] / GIB:,.1f}")  # fmt: skip
+    console.print(table)
+    unequal, idle = pipeline["imbalance"], pipeline["idle"]
+    console.print(
+        f"The largest stage is {unequal['stages']:.1%} above the mean, the largest rank {unequal['ranks']:.1%}; with as many "
+        f"layers in each stage it would be {unequal['equal layers']:.1%}. The schedule, {result['parallel']['schedule']}, leaves "
+        f"ranks idle {idle['stages']:.1%} of a step; {idle['equal layers']:.1%} with as many layers in each, "
+        f"{idle['equal stages']:.1%} if all stages cost the same.", highlight=False,
+    )  # fmt: skip
+
+
+COLUMNS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+
+
 def _show_traffic(sent: dict[str, Any], console: Console) -> None:
-    table = _table("MiB sent by a rank", "pass", "all-gather", "reduce-scatter", "all-reduce", left=2)
-    for kind, passes in sent["tp, one layer and micro-batch"].items():
-        for when, ops in passes.items():
-            cells = (ops.get(op, 0) / MIB for op in ("all-gather", "reduce-scatter", "all-reduce"))
-            table.add_row(f"tp: {kind}, a micro-batch", when, *(f"{cell:,.1f}" if cell else "" for cell in cells))
+    table = _table("MiB sent by a rank", "pass", *(name.replace("-", "-\n") for name in COLUMNS), left=2)
+    for dimension in ("tp", "cp"):
+        for kind, dimensions in sent["one layer and micro-batch"].items():
+            for when, ops in dimensions.get(dimension, {}).items():
+                cells = (ops.get(op, 0) / MIB for op in COLUMNS)
+                table.add_row(f"{dimension}: {kind}, a micro-batch", when, *(f"{cell:,.1f}" if cell else "" for cell in cells))
     dp = sent["dp, step"]
     whole = dp["all-reduce"] + dp["all-reduce, parameters kept whole"]
     back = [dp["all-gather, backward"], dp["reduce-scatter"], whole]
     for when, ops in (("forward", [dp["all-gather, forward"], 0, 0]), ("backward", back)):
-        table.add_row("dp: the model, a step", when, *(f"{n / MIB:,.1f}" if n else "" for n in ops))
+        table.add_row("dp: the model, a step", when, *(f"{n / MIB:,.1f}" if n else "" for n in ops), "")
     console.print(table)
-    tp_gib, dp_gib = sent["tp, step"] / GIB, sum(dp.values()) / GIB
-    console.print(f"A step sends {tp_gib:,.2f} GiB over tp and {dp_gib:,.2f} GiB over dp.", highlight=False)
+    steps = {name: sent[f"{name}, step"] for name in ("tp", "cp", "pp")} | {"dp (and cp: weights)": sum(dp.values())}
+    said = ", ".join(f"{size / GIB:,.2f} GiB over {name}" for name, size in steps.items() if size) or "nothing"
+    console.print(f"A step sends {said}.", highlight=False)
 
 
 def show_search(found: list[dict[str, Any]], gpus: int, gpu: str, efficiency: float, console: Console) -> None:
     """Print what :func:`search` found, and what its times rest on."""
     device = GPUS[gpu]
-    table = _table("tp", "sp", "shard", "replicate", "reshard", "micro", "recompute", "GiB", "s/step", left=0)
+    table = _table("tp", "sp", "cp", "pp", "schedule", "shard", "repl", "re-\nshard", "micro", "recompute", "GiB", "s/step", left=0)
     for row in found:
         table.add_row(
-            f"{row['tp']}", "yes" if row["sequence_parallel"] else "", f"{row['dp_shard']}", f"{row['dp_replicate']}",
+            f"{row['tp']}", "yes" if row["sequence_parallel"] else "", f"{row['cp']}", f"{row['pp']}",
+            row["schedule"] if row["pp"] > 1 else "", f"{row['dp_shard']}", f"{row['dp_replicate']}",
             "yes" if row["reshard_after_forward"] else "no", f"{row['micro_batch_size']}", row["recompute"],
             f"{row['peak'] / GIB:.1f}", f"{row['seconds']:.4g}",
         )  # fmt: skip
@@ -173,7 +242,8 @@ def show_search(found: list[dict[str, Any]], gpus: int, gpu: str, efficiency: fl
     console.print(
         f"Times assume compute at {efficiency:.0%} of {device.tflops:g} TFLOP/s, {REACHED:.0%} of NVLink's {device.nvlink_gb:g} "
         f"GB/s in a node of {GPUS_PER_NODE}, of {device.network_gb:g} GB/s a GPU between nodes and of {device.memory_gb:g} GB/s "
-        "memory; tp's collectives are waited for, FSDP's run beside compute. They rank layouts; tools/bench_train.py measures one.",
+        "memory; tp's and cp's collectives are waited for, FSDP's run beside compute. They rank layouts; "
+        "tools/bench_train.py measures one.",
         highlight=False,
     )  # fmt: skip
 

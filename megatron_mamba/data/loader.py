@@ -25,6 +25,12 @@ class Batch:
     document_start_BS: torch.Tensor | None
     """bool: where conv, state and attention begin anew; None: nowhere but at the beginning of each sequence."""
 
+    def pieces(self, rank: int, ranks: int) -> Batch:
+        """The contiguous pieces `[B, S / ranks]` of the sequences that context-parallel rank `rank` works on, as views."""
+        starts = self.document_start_BS
+        inputs, labels = (t.chunk(ranks, dim=1)[rank] for t in (self.inputs_BS, self.labels_BS))
+        return Batch(inputs, labels, None if starts is None else starts.chunk(ranks, dim=1)[rank])
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; from pinned memory the copy does not wait."""
         starts = self.document_start_BS
@@ -47,12 +53,14 @@ def collate(dataset: Dataset, numbers: Sequence[int], *, document_reset: bool, m
 class Loader(Iterator[Batch]):
     """Batches of `dataset`, one for each sequence of sample numbers in `index_batches`, on `device`.
 
+    `piece`: context-parallel rank and number of ranks, of which each gets a contiguous part of every sequence.
     A thread keeps `prefetch` batches ready; what goes wrong in it is raised by `next`. :meth:`close` ends it early.
     """
 
     def __init__(
         self, dataset: Dataset, index_batches: Iterable[Sequence[int]], *, document_reset: bool = False,
         mask_document_ends: bool = False, prefetch: int = 2, device: torch.device | str = "cpu",
+        piece: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         self._device = torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:
@@ -66,6 +74,7 @@ class Loader(Iterator[Batch]):
                     torch.cuda.set_device(self._device)  # a new thread starts on device 0, where pinning would open a context
                 for numbers in index_batches:
                     batch = collate(dataset, numbers, document_reset=document_reset, mask_document_ends=mask_document_ends)
+                    batch = batch.pieces(*piece)
                     if not self._put(_pinned(batch) if self._device.type == "cuda" else batch):
                         return
                 self._put(StopIteration())

@@ -10,8 +10,9 @@ from mamba_kernels import rope
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import KeyValueState, SequenceInfo, TableModule
+from megatron_mamba.parallel import ring_attention
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import sum_partial
+from megatron_mamba.parallel.linear import row_parallel, sum_partial
 
 
 class Attention(TableModule):
@@ -32,14 +33,16 @@ class Attention(TableModule):
         q, k, v = packed.split([self.local_units("q_proj"), self.kv_heads, self.kv_heads], dim=-2)
         if info.rope is not None:
             q, k = rope(q, *info.rope), rope(k, *info.rope)
-        if state is None:
+        if info.ring is not None:
+            y = ring_attention.attention(q, k, v, info.ring, self.context)
+        elif state is None:
             y = _by_document(q, k, v, info)
         else:
             end = info.offset + info.length
             state.key[:, info.offset : end] = k
             state.value[:, info.offset : end] = v
             y = _sdpa(q, state.key[:, :end], state.value[:, :end], mask=_cache_mask(info))
-        return F.linear(y.flatten(-2).flatten(0, 1), self.local("out_proj"))
+        return row_parallel(y.flatten(-2).flatten(0, 1), self.local("out_proj"), self.context)
 
     step = forward
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_mamba.config import ModelConfig
+from collections import Counter
+
+from megatron_mamba.config import Config, ModelConfig
+from megatron_mamba.layout import Recompute
+from megatron_mamba.model.parameters import MIXER_ROWS
 
 SSD_CHUNK = 128
 """Chunk length Q at which the SSD algorithm's work is counted; the kernels are free to use another."""
@@ -33,4 +37,30 @@ def layer_flops(config: ModelConfig, kind: str, seq_length: int, chunk: int = SS
 def flops_per_token(config: ModelConfig, seq_length: int, chunk: int = SSD_CHUNK) -> float:
     """Forward FLOPs per token of the whole model; a training step costs three times as much."""
     layers = sum(layer_flops(config, kind, seq_length, chunk) for kind in config.layers)
-    return layers + 2 * config.hidden_size * config.vocab_size
+    return layers + output_flops(config)
+
+
+def output_flops(config: ModelConfig) -> float:
+    """Forward FLOPs per token of the output projection; looking up the embedding counts none."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def recomputed_flops(config: Config, kind: str) -> float:
+    """Forward FLOPs per token that the backward pass of one layer of `kind` does again."""
+    how: Recompute = getattr(config.recompute, kind)
+    whole = layer_flops(config.model, kind, config.data.seq_length)
+    # The last product is never repeated: nothing needs its result.
+    last = sum(2 * row.numel for row in MIXER_ROWS[kind](config.model) if row.dims.startswith("D") and len(row.dims) == 2)
+    return {"none": 0.0, "selective": whole - projection_flops(config.model, kind), "full": whole - last}[how]
+
+
+def projection_flops(config: ModelConfig, kind: str) -> float:
+    """FLOPs per token of the products with a layer's first and last weights, in the forward pass or for their gradients."""
+    return float(sum(2 * row.numel for row in MIXER_ROWS[kind](config) if "D" in row.dims and len(row.dims) == 2))
+
+
+def training_flops(config: Config) -> float:
+    """FLOPs per token of forward, backward and what is computed again."""
+    layers = Counter(config.model.layers)
+    again = sum(count * recomputed_flops(config, kind) for kind, count in layers.items())
+    return 3 * flops_per_token(config.model, config.data.seq_length) + again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -19,9 +19,11 @@ from megatron_mamba.model.mamba2 import Mamba2
 from megatron_mamba.model.mlp import MLP
 from megatron_mamba.model.module import Cache, LayerState, SequenceInfo, TableModule, recomputed
 from megatron_mamba.model.norm import Norm
-from megatron_mamba.parallel import fsdp, tensor, vocab
+from megatron_mamba.model.stages import Stage, rank_of
+from megatron_mamba.parallel import fsdp, ring_attention, sequence, tensor, vocab
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.linear import all_tokens
+from megatron_mamba.parallel.pipeline import Pipeline
 
 MIXERS = {"mamba2": Mamba2, "mamba": Mamba, "attention": Attention, "mlp": MLP}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -74,21 +76,31 @@ class Output(TableModule):
 
 
 class LanguageModel(nn.Module):
-    """All four architectures: the pattern says which mixers, in which order."""
+    """All four architectures: the pattern says which mixers, in which order. Of a pipeline, one stage: its parameters have the
+    names that they have in the whole model."""
 
     def __init__(
-        self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: RecomputeConfig
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        recompute: RecomputeConfig,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
-        ParallelConfig(tp=context.size("tp")).check_split(config.split_units(), micro_batch_tokens=0)
+        ParallelConfig(tp=context.size("tp")).check_split(config.split_units(), 0, 0, 0)
         self.config, self.context = config, context
-        self.embedding = Embedding(parameters.vocabulary(config), context, dtype)
-        layers = (Layer(kind, config, context, dtype, getattr(recompute, kind)) for kind in config.layers)
-        self.layers = nn.ModuleList(layers)
-        self.final_norm = Norm(config, context, dtype)
-        self.output = Output(parameters.vocabulary(config), context, dtype)
-        if config.tie_embeddings:
-            self.output.weight = self.embedding.weight
+        self.stage = stage or Stage(0, 1, range(len(config.layers)))
+        if self.stage.is_first:
+            self.embedding = Embedding(parameters.vocabulary(config), context, dtype)
+        kinds = {i: config.layers[i] for i in self.stage.layers}
+        layers = {str(i): Layer(kind, config, context, dtype, getattr(recompute, kind)) for i, kind in kinds.items()}
+        self.layers = nn.ModuleDict(layers)
+        if self.stage.is_last:
+            self.final_norm = Norm(config, context, dtype)
+            self.output = Output(parameters.vocabulary(config), context, dtype)
+            if config.tie_embeddings:
+                self.output.weight = self.embedding.weight
 
     def forward(
         self,
@@ -106,17 +118,23 @@ class LanguageModel(nn.Module):
         With `labels` `[B, S]` (negative = left out): the fp32 scalar ``scale * sum of cross-entropies`` in nats.
         Without: logits `[B, S, V]`, or `[B, V]` of each row's last position with `last_only`. `document_start` `[B, S]`
         bool resets conv, state and attention where it is True. `cache` continues from, and is advanced by, S tokens.
-        Raises ValueError for a number of tokens that sequence parallelism cannot split evenly.
+        Over cp ranks all of these are this rank's pieces, `[B, S / cp]`; so is the loss. A stage of a pipeline but the first
+        takes, in place of token ids, and a stage but the last returns, the residual stream `[T, D]` (`[t, D]` with sequence
+        parallelism), in the compute dtype; each wants `labels`. Raises ValueError for a number of tokens that sequence
+        parallelism cannot split evenly, and for a cache over cp ranks.
         """
-        if self.context.sequence_parallel and tokens_BS.numel() % self.context.size("tp"):
+        shaped = tokens_BS if self.stage.is_first or labels_BS is None else labels_BS
+        if self.context.sequence_parallel and shaped.numel() % self.context.size("tp"):
             raise ValueError(
-                f"{tokens_BS.numel()} tokens cannot be split over {self.context.size('tp')} ranks by sequence parallelism: "
+                f"{shaped.numel()} tokens cannot be split over {self.context.size('tp')} ranks by sequence parallelism: "
                 "make batch x length a multiple, or use a context without it"
             )
-        info = self._sequence_info(tokens_BS, document_start_BS, cache)
-        x = self.embedding(tokens_BS.flatten())
-        for i, layer in enumerate(self.layers):
+        info = self._sequence_info(shaped, document_start_BS, cache, last_only)
+        x = self.embedding(tokens_BS.flatten()) if self.stage.is_first else tokens_BS
+        for i, layer in enumerate(self.layers.values()):
             x = layer(x, info, cache.layers[i] if cache else None)
+        if not self.stage.is_last:
+            return x
         if cache is not None:
             cache.offset += info.length
         if labels_BS is not None:
@@ -128,7 +146,7 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, start: Tensor | None = None) -> Cache:
         """Empty decoding state for `batch` rows of up to `capacity` tokens; `start` `[B]` int64 marks left padding."""
         device = self.context.device
-        states = [layer.mixer.new_state(batch, capacity, device, dtype) for layer in self.layers]  # type: ignore[union-attr,operator]
+        states = [layer.mixer.new_state(batch, capacity, device, dtype) for layer in self.layers.values()]  # type: ignore[union-attr,operator]
         return Cache(states, capacity, 0, start)
 
     def table_parameters(self) -> Iterator[tuple[str, nn.Parameter, parameters.ParameterSpec]]:
@@ -159,9 +177,13 @@ class LanguageModel(nn.Module):
         """After the last backward pass of a step: sum the gradients that FSDP has not."""
         fsdp.sum_replicated_gradients(self.apart(), self.partial_over_tp(), self.context)
 
-    def _sequence_info(self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None) -> SequenceInfo:
+    def _sequence_info(
+        self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None, last_only: bool
+    ) -> SequenceInfo:
         batch, length = tokens.shape
-        offset = cache.offset if cache else 0
+        offset = cache.offset if cache else self.context.rank("cp") * length
+        if self.context.size("cp") > 1 and (cache is not None or last_only):
+            raise ValueError("a cache, and last_only, want whole sequences on a rank: generate with a context of cp = 1")
         if cache is not None and offset + length > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} tokens is full: {offset} used, {length} more given; make a larger one")
         if cache is not None and document_start is not None:
@@ -170,14 +192,21 @@ class LanguageModel(nn.Module):
         attention = self.config.attention
         if "attention" in self.config.layers and attention.rotary_dim:
             positions = torch.arange(offset, offset + length, device=tokens.device)
-            dtype = self.final_norm.local("weight").dtype
+            dtype = next(iter(self.layers.values())).norm.local("weight").dtype  # type: ignore[union-attr,operator]
             rope = rope_tables(positions, attention.rotary_dim, attention.rope_base, dtype)
+        ring = None
+        if "attention" in self.config.layers and self.context.size("cp") > 1:
+            starts = None
+            if document_start is not None:
+                whole = sequence.whole_sequence(document_start, self.context).cpu()
+                starts = [row.nonzero().flatten().tolist() for row in whole]
+            ring = ring_attention.schedule(batch, length, starts, self.context)
         start = cache.start if cache else None
         if start is not None and offset <= int(start.max()):
             # Left padding must leave no trace: each row's first real token starts a document.
             first = torch.arange(offset, offset + length, device=tokens.device) == start[:, None]
             document_start = first if document_start is None else document_start | first
-        return SequenceInfo(batch, length, tokens.device, document_start, offset, start, rope)
+        return SequenceInfo(batch, length, tokens.device, document_start, offset, start, rope, ring)
 
 
 def build(
@@ -188,22 +217,45 @@ def build(
     seed: int = 1234,
     device: torch.device | str | None = None,
     recompute: RecomputeConfig | None = None,
+    stage: Stage | None = None,
 ) -> LanguageModel:
     """The model of `config` on this rank's device, sharded over the context's mesh, with its initial weights.
 
     `precision` is the compute dtype ("bf16", "fp32", "fp64"); weights are kept in fp32 (fp64). `seed` fixes the initial
-    weights, which are the same on every mesh. `device="meta"` gives the skeleton without FSDP and memory. Raises ValueError
-    for a model that the context's tp cannot share out.
+    weights, which are the same on every mesh. `device="meta"` gives the skeleton without FSDP and memory. `stage`: of a
+    pipeline, the part to build (default: all). Raises ValueError for a model that the context's tp cannot share out.
     """
-    model = LanguageModel(config, context, master_dtype(precision), recompute or RecomputeConfig())
+    model = LanguageModel(config, context, master_dtype(precision), recompute or RecomputeConfig(), stage)
     if device is not None and torch.device(device).type == "meta":
         return model
-    ends = [] if config.tie_embeddings else [model.embedding, model.output]
+    first = [model.embedding] if model.stage.is_first and not config.tie_embeddings else []
+    last = [model.output] if model.stage.is_last and not config.tie_embeddings else []
     # The embedding has no gradient of its input, and the loss computes the output's gradients in the forward pass.
-    fsdp.shard([*ends[:1], *model.layers, *ends[1:]], model, set(model.apart()), ends, context, DTYPES[precision])
+    units = [*first, *model.layers.values(), *last]
+    fsdp.shard(units, model, set(model.apart()), [*first, *last], context, DTYPES[precision])
     model.to_empty(device=device or context.device)
     initialize(model, seed)
     return model
+
+
+def build_pipeline(
+    config: ModelConfig,
+    stages: Sequence[Stage],
+    context: ParallelContext,
+    *,
+    precision: str = "fp32",
+    seed: int = 1234,
+    recompute: RecomputeConfig | None = None,
+) -> Pipeline:
+    """This rank's part of the model, cut into `stages` (as many as the context's pipeline has, see stages.stages_of), and
+    what runs it together with the other ranks; arguments as of :func:`build`."""
+    layout = ParallelConfig(pp=context.size("pp"), schedule=context.schedule)
+    ranks = [rank_of(stage.index, layout) for stage in stages]
+    here = [stage for stage in stages if ranks[stage.index] == context.rank("pp")]
+    modules = [
+        build(config, context, precision=precision, seed=seed, recompute=recompute, stage=stage) for stage in here
+    ]
+    return Pipeline(modules, ranks, config.hidden_size, DTYPES[precision], context)
 
 
 def initialize(model: LanguageModel, seed: int) -> None:
@@ -214,5 +266,12 @@ def initialize(model: LanguageModel, seed: int) -> None:
         index = tensor.owned_slices(row.shape, row.split_dim, row.units, model.context, sharded=not row.fp32)
         fsdp.local(parameter.detach()).copy_(parameters.initial_values(row, seed, index, parameter.dtype))
 
+    entries = list(model.table_parameters())
+    drawn = [entry for entry in entries if entry[2].init.kind in parameters.DRAWN]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        list(pool.map(fill, list(model.table_parameters())))
+        filled = pool.map(fill, drawn)
+        # A process' first logarithms and exponentials (MKL's), if several threads take them at once, can be wrong by 6e-5.
+        for entry in entries:
+            if entry[2].init.kind not in parameters.DRAWN:
+                fill(entry)
+        list(filled)

@@ -11,7 +11,8 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import shared_sum, sum_partial
+from megatron_mamba.parallel.linear import row_parallel, shared_sum, sum_partial
+from megatron_mamba.parallel.sequence import sequence_ranks, with_halo
 
 
 class Mamba(TableModule):
@@ -33,12 +34,13 @@ class Mamba(TableModule):
     def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: RecurrentState | None) -> Tensor:
         """From the projected `[T, x + z]` to this rank's part of the output's sum, `[T, D]`."""
         x, z = packed_TC.chunk(2, dim=-1)
+        x, before = with_halo(x.unflatten(0, (info.batch, info.length)), self.conv_width - 1, info.document_start, self.context)
         x, conv_state = causal_conv1d(
-            x.unflatten(0, (info.batch, info.length)),
+            x,
             self.local("conv_weight"),
             self.local("conv_bias"),
             activation="silu",
-            initial_state=state.conv if state else None,
+            initial_state=state.conv if state else before,
             document_start=info.document_start,
             return_final_state=True,
         )
@@ -55,10 +57,11 @@ class Mamba(TableModule):
             initial_state=state.ssm if state else None,
             document_start=info.document_start,
             return_final_state=True,
+            ranks=sequence_ranks(self.context),
         )
         if state is not None:
             state.conv, state.ssm = conv_state, ssm_state
-        return F.linear(swiglu(z, y.flatten(0, 1)), self.local("out_proj"))
+        return row_parallel(swiglu(z, y.flatten(0, 1)), self.local("out_proj"), self.context)
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
         """One token of every row: x `[B, D]` -> `[B, D]`, `state` updated in place."""
@@ -67,7 +70,7 @@ class Mamba(TableModule):
         dt, B, C = self._select(x)
         A, D, dt_bias = -self.local("A_log").exp(), self.local("D"), self.local("dt_bias")
         y = selective_scan_step(state.ssm, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-        return sum_partial(F.linear(swiglu(z, y), self.local("out_proj")), self.context)
+        return sum_partial(row_parallel(swiglu(z, y), self.local("out_proj"), self.context), self.context)
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zero state for `batch` rows; its size does not depend on `capacity`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_kernels import causal_conv1d, causal_conv1d_step, gated_norm, ssd, ssd_step
@@ -13,7 +12,8 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import group_sum, sum_partial
+from megatron_mamba.parallel.linear import group_sum, row_parallel, sum_partial
+from megatron_mamba.parallel.sequence import sequence_ranks, with_halo
 
 
 class Mamba2(TableModule):
@@ -42,12 +42,13 @@ class Mamba2(TableModule):
         """From the projected `[T, z + x + B + C + dt]` to this rank's part of the output's sum, `[T, D]`."""
         z, conv_in, dt = self._unpack(packed_TC.unflatten(0, (info.batch, info.length)))
         weight, bias = self._conv()
+        conv_in, before = with_halo(conv_in, self.conv_width - 1, info.document_start, self.context)
         conv_out, conv_state = causal_conv1d(
             conv_in,
             weight,
             bias,
             activation="silu",
-            initial_state=state.conv if state else None,
+            initial_state=state.conv if state else before,
             document_start=info.document_start,
             return_final_state=True,
         )
@@ -64,6 +65,7 @@ class Mamba2(TableModule):
             initial_state=state.ssm if state else None,
             document_start=info.document_start,
             return_final_state=True,
+            ranks=sequence_ranks(self.context),
         )
         if state is not None:
             state.conv, state.ssm = conv_state, ssm_state
@@ -105,4 +107,4 @@ class Mamba2(TableModule):
     def _output(self, y: Tensor, z: Tensor) -> Tensor:
         weight, size = self.local("norm_weight"), self.group_size
         y = gated_norm(y, z, weight, group_size=size, eps=self.eps, sum_parts=self.sum_parts)
-        return F.linear(y, self.local("out_proj"))
+        return row_parallel(y, self.local("out_proj"), self.context)

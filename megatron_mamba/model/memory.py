@@ -17,12 +17,15 @@ import mamba_kernels.common
 from megatron_mamba.config import MIXER_KINDS, Config, ModelConfig
 from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
 from megatron_mamba.model.lm import DTYPES, LanguageModel, master_dtype
-from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context
+from megatron_mamba.parallel import ring_attention
+from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context, group_names
 from megatron_mamba.parallel.fsdp import local
 
-SCANS = ("mamba2", "mamba")
-SCAN_LENGTHS = (128, 256)
-"""Layers whose reference kernels loop over the sequence are run on two short ones: what they hold grows linearly with length."""
+SCANS = {"mamba2": (1024, 2048), "mamba": (128, 256)}
+"""Layers whose reference kernels loop over the sequence are run on two shorter ones, of whole chunks: what they hold grows
+linearly with length."""
+DEFERRING = ("zero_bubble", "zbv")
+"""Schedules that put the gradients of weights off."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,18 @@ class Piece:
     """Most alive during the backward pass: what was kept, the gradients of output, weights and input, temporaries."""
     gradients: int
     """Gradients of the weights that FSDP shards, as the backward pass leaves them: whole, in the compute dtype."""
+    deferred: int
+    """Kept after the backward pass where it puts the weights' gradients off (zero-bubble schedules)."""
+    weights: int
+    """Most alive above all that while what was put off is computed; includes the gradients."""
     left: int
     """Alive after the backward pass besides gradients of weights: the gradient of the input."""
     shapes: tuple[tuple[int, ...], ...]
     """This tp rank's part of each weight that FSDP shards."""
     apart: tuple[int, ...]
     """Elements of each parameter that FSDP does not shard."""
-    sent: dict[str, Counter[str]] = field(hash=False)
-    """Bytes sent to other tp ranks: pass -> collective -> bytes."""
+    sent: dict[str, dict[str, Counter[str]]] = field(hash=False)
+    """Bytes sent to other ranks: "tp" or "cp" -> pass -> collective -> bytes."""
     peaks_at: dict[str, Counter[str]] = field(hash=False, repr=False)
     """Most alive at each kind of allocation: pass -> operation -> bytes."""
 
@@ -81,57 +88,84 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, log_sum_exp = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, log_sum_exp = _fused_forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        q, k, v, _, log_sum_exp = ctx.saved_tensors
-        # The sum for q's gradient is fp32; those of k and v are made for every query head.
-        work = [_like(q, torch.float32), torch.empty_like(log_sum_exp)]
-        work += [_like(q), _like(q)] if k.shape != q.shape else []
-        return _like(q), _like(k), _like(v)
+        return _fused_backward(grad, *ctx.saved_tensors)
 
 
-def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fused_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, causal: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The kernels want `[B, S, H, P]`. The sum for q's gradient is fp32; those of k and v are made for every query head.
+    work = [_like(t) for t in (grad, out) if not t.transpose(1, 2).is_contiguous()]
+    work += [_like(q, torch.float32), torch.empty_like(log_sum_exp)]
+    shared = q.shape[1] // k.shape[1]
+    work += [_like(t, shared=shared) for t in (k, v)] if shared > 1 else []
+    return _like(q), _like(k), _like(v)
+
+
+def _like(t: Tensor, dtype: torch.dtype | None = None, shared: int = 1) -> Tensor:
     batch, heads, length, size = t.shape
-    return t.new_empty((batch, length, heads, size), dtype=dtype or t.dtype).transpose(1, 2)
+    return t.new_empty((batch, length, heads * shared, size), dtype=dtype or t.dtype).transpose(1, 2)
 
 
 @contextmanager
 def _as_on_a_gpu(shortened: int) -> Iterator[None]:
-    """Attention computed as there (on meta tensors torch would make the S x S matrix); and for a sequence `shortened` times,
-    kernels that work in blocks of a fixed size take that much smaller ones."""
+    """Attention computed as there (on meta tensors torch would make the S x S matrix, or leave out what its kernels use); and
+    for a sequence `shortened` times, kernels that work in blocks of a fixed size take that much smaller ones."""
     common, attend = mamba_kernels.common, F.scaled_dot_product_attention
+    cores = ring_attention._core, ring_attention._core_backward
     blocks = common.DEVICE_BLOCK_ELEMENTS
 
     def fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         has_kernel = q.dtype.itemsize == 2 or (q.dtype == torch.float32 and q.shape == k.shape)
         return _FusedAttention.apply(q, k, v) if has_kernel else attend(q, k, v, **options)
 
+    def core(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return (_fused_forward if q.dtype.itemsize == 2 else cores[0])(q, *rest)
+
+    def core_backward(grad: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (_fused_backward if q.dtype.itemsize == 2 else cores[1])(grad, q, *rest)
+
     try:
         common.DEVICE_BLOCK_ELEMENTS = max(blocks // shortened, 1)
         setattr(F, attend.__name__, fused)
+        vars(ring_attention).update(_core=core, _core_backward=core_backward)
         yield
     finally:
         common.DEVICE_BLOCK_ELEMENTS = blocks
         setattr(F, attend.__name__, attend)
+        vars(ring_attention).update(_core=cores[0], _core_backward=cores[1])
 
 
 def measure(config: Config, kind: str) -> Piece:
     """Run one layer of `kind` ("mamba2", ...), the "embedding", or the final norm and "output", forward and backward on the
-    meta device as one tp rank of `config` does."""
+    meta device as one of the tp and cp ranks of `config` does."""
     letter = next((letter for letter, name in MIXER_KINDS.items() if name == kind), "-")
-    layout = ParallelConfig(tp=config.parallel.tp, sequence_parallel=config.parallel.sequence_parallel)
-    batch, length, trainer = config.trainer.micro_batch_size, config.data.seq_length, config.trainer
+    parallel, trainer = config.parallel, config.trainer
+    layout = ParallelConfig(
+        cp=parallel.cp,
+        tp=parallel.tp,
+        sequence_parallel=parallel.sequence_parallel,
+        schedule="zero_bubble" if parallel.schedule in DEFERRING else "1f1b",
+    )
+    batch, length = trainer.micro_batch_size, config.data.seq_length // parallel.cp
     recompute = getattr(config.recompute, kind, "none")
     model = replace(config.model, name="", pattern=letter)
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch)
-    if kind not in SCANS or length <= SCAN_LENGTHS[1]:
+    lengths = SCANS.get(kind, (length, length))
+    if length <= lengths[1]:
         return _run(*arguments, length, 1)
-    small, large = (_run(*arguments, short, length // short) for short in SCAN_LENGTHS)
-    steps = (length - SCAN_LENGTHS[1]) / (SCAN_LENGTHS[1] - SCAN_LENGTHS[0])
+    small, large = (_run(*arguments, short, length // short) for short in lengths)
+    steps = (length - lengths[1]) / (lengths[1] - lengths[0])
 
     def grown(a: int, b: int) -> int:
         return round(b + (b - a) * steps)
@@ -146,8 +180,21 @@ def measure(config: Config, kind: str) -> Piece:
         kept=grown(small.kept, large.kept),
         backward=most("backward"),
         left=grown(small.left, large.left),
-        sent={when: Counter({op: grown(small.sent[when][op], n) for op, n in ops.items()}) for when, ops in large.sent.items()},
+        deferred=grown(small.deferred, large.deferred),
+        weights=grown(small.weights, large.weights),
+        sent=combined(small.sent, large.sent, grown),
     )
+
+
+Sent = dict[str, dict[str, Counter[str]]]
+
+
+def combined(a: Sent, b: Sent, of: Callable[[int, int], int]) -> Sent:
+    """What is sent in two runs, number by number."""
+    return {
+        name: {when: Counter({op: of(a[name][when][op], n) for op, n in ops.items()}) for when, ops in passes.items()}
+        for name, passes in b.items()
+    }
 
 
 @cache
@@ -163,13 +210,13 @@ def _run(
     shortened: int,
 ) -> Piece:
     dtype, master = DTYPES[precision], master_dtype(precision)
-    ledger = Ledger()
     with dry_context(layout) as context:
+        ledger = Ledger(group_names(context))
         uniform = RecomputeConfig(**{name: recompute for name in MIXER_KINDS.values()})
         model = LanguageModel(config, context, master, uniform)
-        sharded, apart = _cast(model, dtype)
+        sharded, apart = cast_weights(model, dtype)
         tokens = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-        info = model._sequence_info(tokens, None, None)
+        info = model._sequence_info(tokens, None, None, False)
         seed, one = torch.zeros((), dtype=master, device="meta", requires_grad=True), torch.ones((), dtype=master, device="meta")
         shape = (batch * length // (layout.tp if layout.sequence_parallel else 1), config.hidden_size)
         at_end: list[int] = []
@@ -182,19 +229,24 @@ def _run(
             elif kind == "output":
                 loss = model.output(model.final_norm(x), tokens.flatten(), 1.0, chunk_tokens)
             else:
-                loss = _Leave.apply(model.layers[0](x, info, None), seed)
+                loss = _Leave.apply(next(model.layers.children())(x, info, None), seed)
             del x
             kept, ledger.moment = ledger.now, "backward"
             loss.backward(one)
             at_end.append(ledger.now)
+            put_off, ledger.moment = context.deferred or [], "weights"
+            after, deferred = ledger.now, ledger.now - _storage_bytes([*sharded, *apart]) if put_off else 0
+            for compute in put_off:
+                compute()
     used, whole = ([p for p in ps if p.grad is not None] for ps in (sharded, apart))
-    gradients = _storage_bytes(used)
     return Piece(
         forward=ledger.peaks["forward"],
         kept=kept,
         backward=ledger.peaks["backward"],
-        gradients=gradients,
-        left=at_end[0] - gradients - _storage_bytes(whole),
+        gradients=_storage_bytes(used),
+        deferred=deferred,
+        weights=max(ledger.peaks["weights"] - after, 0),
+        left=at_end[0] - after,
         shapes=tuple(tuple(local(p).shape) for p in used),
         apart=tuple(local(p).numel() for p in whole),
         sent=ledger.sent,
@@ -202,7 +254,7 @@ def _run(
     )
 
 
-def _cast(model: LanguageModel, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def cast_weights(model: LanguageModel, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Bring the weights into the compute dtype, as FSDP gathers them; returns those that it shards and those that it does not."""
     apart = set(model.apart())
     sharded = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_kernels import gelu, squared_relu, swiglu
@@ -11,7 +10,7 @@ from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import SequenceInfo, TableModule
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.parallel.linear import sum_partial
+from megatron_mamba.parallel.linear import row_parallel, sum_partial
 
 
 class MLP(TableModule):
@@ -35,7 +34,7 @@ class MLP(TableModule):
             hidden = squared_relu(hidden)
         else:
             hidden = gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return F.linear(hidden, self.local("down_proj"))
+        return row_parallel(hidden, self.local("down_proj"), self.context)
 
     step = forward
 

@@ -17,6 +17,7 @@ from megatron_mamba.model.parameters import ParameterSpec
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.linear import column_parallel
+from megatron_mamba.parallel.ring_attention import Schedule
 
 
 class TableModule(nn.Module):
@@ -69,7 +70,8 @@ class SequenceInfo:
 
     The residual stream is `[T, D]` with T = batch x length; `document_start` `[B, S]` bool is True at the first token of
     every document (None: one document a row); `offset` tokens of each row are already in the caches; `start` `[B]`
-    int64 is the position of each row's first real token (None: 0), positions before it are padding.
+    int64 is the position of each row's first real token (None: 0), positions before it are padding. Over cp ranks the
+    batch holds pieces of sequences, which begin at position `offset`, and `ring` says what attention computes.
     """
 
     batch: int
@@ -79,6 +81,7 @@ class SequenceInfo:
     offset: int = 0
     start: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    ring: Schedule | None = field(default=None, repr=False)
 
     @cached_property
     def documents(self) -> list[list[int]]:

@@ -20,6 +20,10 @@ _BLOCK = 1 << 20
 """Elements drawn from one generator: a rank draws only the blocks that its slice touches."""
 
 
+DRAWN = ("normal", "uniform", "constant")
+"""Kinds of initial values that are drawn and no more: no logarithm or exponential is taken of them."""
+
+
 @dataclass(frozen=True)
 class Init:
     """How a tensor starts: ``normal`` (std a), ``uniform`` (in ±a), ``constant`` (a), ``log_uniform`` (A_log = log U(a, b)),

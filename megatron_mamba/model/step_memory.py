@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
+
 from megatron_mamba.config import Config
 from megatron_mamba.model.lm import DTYPES, master_dtype
-from megatron_mamba.model.memory import Piece, measure
-from megatron_mamba.parallel.dry_run import allocated
+from megatron_mamba.model.memory import DEFERRING, Piece, measure
+from megatron_mamba.model.schedule import ROUNDS
+from megatron_mamba.model.stages import Stage, rank_of
+from megatron_mamba.parallel.dry_run import allocated, pipeline_actions
 
 MASTERS, MOMENTS, GRADIENTS = "weights (masters)", "optimizer states", "gradients (summed)"
 GATHERED, UNSHARDED, BUFFERS = "weights, gathered", "gradients, not yet summed", "FSDP buffers"
 LOSS, TRANSIENT, LIBRARIES = "loss and its gradients", "temporaries", "cuBLAS workspace"
+BORDERS, DEFERRED = "between pipeline stages", "kept for gradients of weights"
 
 WORKSPACE = 64 << 20
 """cuBLAS's workspaces on Hopper: one for the thread of the forward pass, one for that of the backward pass."""
@@ -103,16 +109,19 @@ Pieces = list[tuple[str, str, Piece, Unit]]
 """The parts of the model in order of use: name, kind, what it holds, the unit of its weights."""
 
 
-def model_pieces(config: Config, dp_shard: int) -> Pieces:
-    """The model of `config` on `dp_shard` ranks that share its weights."""
-    parts = [("embedding", "embedding"), *((f"layer {i} ({kind})", kind) for i, kind in enumerate(config.model.layers))]
+def model_pieces(config: Config, ranks: int, stage: Stage | None = None) -> Pieces:
+    """A stage of the model of `config` (default: all of it) on `ranks` ranks that share its weights."""
+    kinds = config.model.layers
+    stage = stage or Stage(0, 1, range(len(kinds)))
+    parts = [(f"layer {i} ({kinds[i]})", kinds[i]) for i in stage.layers]
+    parts = [("embedding", "embedding")] * stage.is_first + parts + [("the loss", "output")] * stage.is_last
     pieces: Pieces = []
-    measured = {kind: measure(config, kind) for kind in ("embedding", *sorted({*config.model.layers}), "output")}
-    for name, kind in [*parts, ("the loss", "output")]:
+    measured = {kind: measure(config, kind) for kind in sorted({kind for _, kind in parts})}
+    for name, kind in parts:
         piece = measured[kind]
         end = kind in ("embedding", "output")
         tied = end and config.model.tie_embeddings
-        unit = pieces[0][3] if tied and pieces else Unit(piece.shapes, dp_shard, root=tied, unread=end and not tied)
+        unit = pieces[0][3] if tied and pieces else Unit(piece.shapes, ranks, root=tied, unread=end and not tied)
         pieces.append((name, kind, piece, unit))
     return pieces
 
@@ -122,9 +131,16 @@ def units_of(pieces: Pieces) -> list[Unit]:
     return list({id(unit): unit for *_, unit in pieces}.values())
 
 
-def step_memory(config: Config, dp_shard: int, micro_batches: int) -> StepMemory:
-    """What torch's CUDA allocator holds on a rank in a step of `micro_batches` (any but a run's first step)."""
-    step = _Step(config, model_pieces(config, dp_shard))
+def step_memory(
+    config: Config, ranks: int, micro_batches: int, stages: Sequence[Stage] = (), pp_rank: int = 0
+) -> StepMemory:
+    """What torch's CUDA allocator holds on a rank in a step of `micro_batches` (any but a run's first step).
+
+    `ranks`: that share each weight, those of dp_shard and cp. `stages`: of a pipeline, all of them; `pp_rank`'s are looked at.
+    """
+    if len(stages) > 1:
+        return _pipelined(config, ranks, micro_batches, stages, pp_rank)
+    step = _Step(config, model_pieces(config, ranks))
     # After the second, one micro-batch is as the other but for the last.
     count = min(micro_batches, 3)
     for i in range(count):
@@ -136,15 +152,58 @@ def step_memory(config: Config, dp_shard: int, micro_batches: int) -> StepMemory
     return step.memory
 
 
-class _Step:
-    """FSDP2 and autograd going through a step."""
+def _pipelined(config: Config, ranks: int, micro_batches: int, stages: Sequence[Stage], pp_rank: int) -> StepMemory:
+    """A rank of a pipeline goes through its schedule, as torch/distributed/pipelining/stage.py of torch 2.11 to 2.13 does: a
+    stage has a buffer for every micro-batch that it receives, and for every gradient; weights once gathered for a backward
+    pass stay until a forward pass has used them."""
+    parallel = config.parallel
+    here = [stage for stage in stages if rank_of(stage.index, parallel) == pp_rank]
+    steps: dict[int, _Step] = {}
+    memory = StepMemory()
+    for stage in here:
+        steps[stage.index] = _Step(config, model_pieces(config, ranks, stage), memory, stage)
+    memory.milestones = {"optimizer": memory.now.total()}
+    memory.hold("between steps", LIBRARIES, WORKSPACE)
+    buffers = sum(step.receive(micro_batches) for step in steps.values())
+    memory.milestones["after step"] = memory.milestones["optimizer"] + WORKSPACE + buffers
+    # A schedule goes on as it began.
+    count = min(micro_batches, ROUNDS * parallel.pp)
+    to_come = Counter({index: count for index in steps})
+    for kind, index, _ in pipeline_actions(parallel.schedule, parallel.pp, len(stages), count)[pp_rank]:
+        step = steps[index]
+        if kind == "F":
+            step.forward()
+        elif kind in ("B", "I"):
+            step.backward(last=False)
+        elif kind == "UNSHARD":
+            step.gather_all()
+        elif kind == "RESHARD":
+            step.reshard_all()
+        if kind == "W" or (kind == "B" and parallel.schedule in DEFERRING):
+            step.compute_weights()
+        to_come[index] -= kind in ("B", "W")
+        if not to_come[index]:
+            to_come[index] = -1
+            step.reduce_all()
+    return memory
 
-    def __init__(self, config: Config, pieces: Pieces) -> None:
-        self.pieces, self.parallel, self.memory = pieces, config.parallel, StepMemory()
+
+class _Step:
+    """FSDP2 and autograd going through a step of the model, or of one stage of a pipeline."""
+
+    def __init__(self, config: Config, pieces: Pieces, memory: StepMemory | None = None, stage: Stage | None = None) -> None:
+        self.pieces, self.parallel, self.memory = pieces, config.parallel, memory or StepMemory()
+        self.stage = stage or Stage(0, 1, range(len(config.model.layers)))
+        ranks = [rank_of(i, self.parallel) for i in range(self.stage.count)]
+        at = self.stage.index
+        self.previous_is_here, self.next_is_here = ranks[at] in ranks[at - 1 : at], ranks[at] in ranks[at + 1 : at + 2]
         self.moment = "between steps"
         precision = config.trainer.precision
+        self.tokens = config.trainer.micro_batch_size * config.data.seq_length // self.parallel.cp
+        rows = self.tokens // (self.parallel.tp if self.parallel.sequence_parallel else 1)
+        self.stream = allocated(rows * config.model.hidden_size * DTYPES[precision].itemsize)
         self.wide, self.narrow = master_dtype(precision).itemsize, DTYPES[precision].itemsize
-        self.previous = self.reducing = 0
+        self.previous = self.reducing = self.sent = 0
         apart = [count for _, _, piece, _ in pieces for count in piece.apart]
         sizes = [allocated(count * self.wide) for count in [*apart, *(n for unit in units_of(pieces) for n in unit.shards)]]
         self.apart = sum(sizes[: len(apart)])
@@ -153,7 +212,8 @@ class _Step:
         # Two moments, and the number of steps taken.
         self.hold(MOMENTS, sum(2 * size + allocated(1) for size in sizes))
         self.memory.milestones["optimizer"] = self.memory.now.total()
-        self.hold(LIBRARIES, WORKSPACE)
+        if memory is None:
+            self.hold(LIBRARIES, WORKSPACE)
 
     def hold(self, what: str, size: int) -> None:
         self.memory.hold(self.moment, what, size)
@@ -164,22 +224,26 @@ class _Step:
 
     def forward(self) -> None:
         units = [unit for *_, unit in self.pieces]
+        held = 0 if self.stage.is_first else self.stream
         for (name, kind, piece, unit), following in zip(self.pieces, [*units[1:], None], strict=True):
             self.moment = f"forward pass of {name}"
             self.gather(unit)
             self.wait(unit, forward=True)
             if following is not None and not (unit.root or following.root):
                 self.gather(following)
-            self.touch(TRANSIENT, piece.forward)
-            self.hold(_kept(kind), piece.kept)
+            self.touch(TRANSIENT, piece.forward - held)
+            self.hold(_kept(kind), piece.kept - held)
+            held = 0
             if self.parallel.reshard_after_forward and not unit.root:
                 self.reshard(unit)
+        self.hold(BORDERS, 0 if self.stage.is_last or self.next_is_here else self.stream)
         self.release_previous()
 
     def backward(self, last: bool) -> None:
         left, units = 0, [unit for *_, unit in self.pieces]
         if not self.memory.now[GRADIENTS]:
             self.hold(GRADIENTS, self.apart)
+        arrived = 0 if self.stage.is_last else self.stream
         for (name, kind, piece, unit), following in zip(self.pieces[::-1], [*units[-2::-1], None], strict=True):
             self.moment = f"backward pass of {name}"
             if not unit.unread:
@@ -188,10 +252,15 @@ class _Step:
             if following is not None and not following.unread:
                 self.gather(following)
             self.hold(TRANSIENT, -left)
-            self.touch(TRANSIENT, piece.backward - piece.kept)
-            self.hold(_kept(kind), -piece.kept)
+            held = 0 if self.stage.is_first or unit is not units[0] else self.stream
+            self.touch(TRANSIENT, piece.backward - piece.kept - arrived)
+            arrived = 0
+            self.hold(_kept(kind), held - piece.kept)
+            self.hold(DEFERRED, piece.deferred)
             left = piece.left
             self.hold(TRANSIENT, left)
+            if piece.deferred:
+                continue
             if unit.fresh:
                 # Of tied embeddings: the gradients of both uses, and their sum.
                 self.touch(UNSHARDED, 2 * piece.gradients)
@@ -201,8 +270,56 @@ class _Step:
             if unit is not units[0]:
                 self.reduce(unit, name, last)
         self.hold(TRANSIENT, -left)
-        # The embedding's input has no gradient whose computation would tell FSDP that it is done.
-        self.reduce(units[0], "embedding", last)
+        if units[0].fresh:
+            # The embedding's input has no gradient whose computation would tell FSDP that it is done.
+            self.reduce(units[0], self.pieces[0][0], last)
+        self.hold(BUFFERS, -self.reducing)
+        self.reducing = 0
+        self.hold(BORDERS, 0 if self.stage.is_last or self.next_is_here else -self.stream)
+        # torch's 1F1B keeps what it sends to the stage before until the next one is there.
+        self.hold(BORDERS, -self.sent)
+        self.sent = left if self.parallel.schedule == "1f1b" and not self.stage.is_first else 0
+        self.hold(BORDERS, self.sent)
+
+    def compute_weights(self) -> None:
+        """The gradients of weights that a backward pass has put off."""
+        self.moment = "gradients of weights"
+        put_off = [(name, piece, unit) for name, _, piece, unit in self.pieces[::-1] if piece.deferred]
+        for _, piece, unit in put_off:
+            self.touch(TRANSIENT, piece.weights)
+            unit.fresh = piece.gradients
+            self.hold(UNSHARDED, unit.fresh)
+        self.hold(DEFERRED, -sum(piece.deferred for _, piece, _ in put_off))
+        for name, _, unit in put_off:
+            self.reduce(unit, name, last=False)
+
+    def receive(self, micro_batches: int) -> int:
+        """Make what receives residual streams and their gradients from other stages, and stays: returns its bytes. Put all
+        token ids and labels together."""
+        buffers = micro_batches * self.stream * (2 - self.stage.is_first - self.stage.is_last)
+        self.hold(BORDERS, buffers)
+        self.hold(BORDERS, micro_batches * self.tokens * torch.int64.itemsize * (1 + self.stage.is_first))
+        return buffers
+
+    def gather_all(self) -> None:
+        """Gather the weights of the whole stage."""
+        self.moment = "before the stage's first pass"
+        for *_, unit in self.pieces:
+            self.gather(unit)
+        for *_, unit in self.pieces:
+            self.wait(unit, forward=False)
+
+    def reshard_all(self) -> None:
+        """Give up the gathered weights of the whole stage."""
+        for *_, unit in self.pieces:
+            self.reshard(unit)
+
+    def reduce_all(self) -> None:
+        """Sum the gradients of all micro-batches over ranks."""
+        self.hold(BORDERS, -self.sent)
+        self.sent = 0
+        for name, _, _, unit in self.pieces:
+            self.reduce(unit, name, last=True)
         self.hold(BUFFERS, -self.reducing)
         self.reducing = 0
 
@@ -252,7 +369,7 @@ class _Step:
     def reduce(self, unit: Unit, name: str, last: bool) -> None:
         """FSDPParamGroup.post_backward and foreach_reduce: sum the unit's gradients over ranks, or keep them for later."""
         self.moment = f"sum of gradients of {name}"
-        if last or self.parallel.reshard_after_forward:
+        if last or (self.parallel.reshard_after_forward and self.stage.count == 1):
             self.reshard(unit)
         if unit.added:
             self.hold(UNSHARDED, -unit.fresh)

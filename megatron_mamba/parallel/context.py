@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_mamba.config import ConfigError, ParallelConfig
+from megatron_mamba.layout import Schedule
 
 MESH_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Slowest first: tp neighbours are neighbouring ranks, so that tp stays inside a node."""
@@ -22,11 +24,17 @@ class ParallelContext:
 
     mesh: DeviceMesh
     device: torch.device
+    shard_mesh: DeviceMesh
+    """The ranks over which FSDP shards: those of dp_shard and cp."""
     sequence_parallel: bool = False
     """The residual stream is split over tp by tokens."""
     reshard_after_forward: bool = True
     reduce_every_micro_batch: bool = False
     """What FSDP keeps between its uses: see config.ParallelConfig."""
+    schedule: Schedule = "1f1b"
+    """Order of the pipeline's work, and which rank has which stage."""
+    deferred: list[Callable[[], None]] | None = None
+    """Where backward passes leave the computation of weights' gradients for later; None: nowhere, they compute them."""
 
     @classmethod
     def create(cls, config: ParallelConfig, device: str = "auto", deterministic: bool = False) -> ParallelContext:
@@ -57,13 +65,19 @@ class ParallelContext:
 
     @classmethod
     def over(cls, mesh: DeviceMesh, device: torch.device, config: ParallelConfig) -> ParallelContext:
-        """The context of an existing mesh with the dimensions of :data:`MESH_DIMENSIONS`."""
+        """The context of an existing mesh with the dimensions of :data:`MESH_DIMENSIONS`; every rank must make it."""
+        shard_mesh = mesh["dp_shard"]
+        if mesh.size(MESH_DIMENSIONS.index("cp")) > 1:
+            shard_mesh = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
         return cls(
             mesh,
             device,
+            shard_mesh,
             sequence_parallel=config.sequence_parallel,
             reshard_after_forward=config.reshard_after_forward,
             reduce_every_micro_batch=config.reduce_gradients == "micro_batch",
+            schedule=config.schedule,
+            deferred=[] if config.schedule in ("zero_bubble", "zbv") else None,
         )
 
     def size(self, dimension: str) -> int:
@@ -96,11 +110,27 @@ class ParallelContext:
     def dp_rank(self) -> int:
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
 
-    def sum_over_dp(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` summed in place over the data-parallel ranks (any shape, one collective per mesh dimension > 1)."""
-        for dimension in ("dp_shard", "dp_replicate"):
-            if self.size(dimension) > 1:
-                dist.all_reduce(value, group=self.group(dimension))
+    @property
+    def shard_size(self) -> int:
+        """Number of ranks over which FSDP shards a parameter."""
+        return self.size("dp_shard") * self.size("cp")
+
+    @property
+    def shard_rank(self) -> int:
+        return self.rank("dp_shard") * self.size("cp") + self.rank("cp")
+
+    @property
+    def token_ranks(self) -> int:
+        """Number of ranks that see different tokens: of other samples, or of other pieces of a sample."""
+        return self.size("dp_replicate") * self.shard_size
+
+    def sum_over_tokens(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` summed in place over the ranks that see different tokens, data- and context-parallel ones (any shape, one
+        collective over those that shard parameters and one over replicas)."""
+        if self.shard_size > 1:
+            dist.all_reduce(value, group=self.shard_mesh.get_group())
+        if self.size("dp_replicate") > 1:
+            dist.all_reduce(value, group=self.group("dp_replicate"))
         return value
 
     def any_rank(self, flag: bool) -> bool:

@@ -1,13 +1,16 @@
-"""Running a part of the program without devices: one rank of a tp group on the meta device, and what it allocates and sends."""
+"""Running a part of the program without devices: one of the tp and cp ranks on the meta device, and what it allocates and sends."""
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,20 +23,22 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mamba.layout import ParallelConfig
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
+from megatron_mamba.parallel.pipeline import SCHEDULES
 
-COLLECTIVES = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+COLLECTIVES = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce", "alltoall": "all-to-all"}
 SHARE_SENT = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 """How often a ring of n ranks sends (n - 1) / n of the whole tensor from each rank."""
 
 
 @contextmanager
 def dry_context(layout: ParallelConfig) -> Iterator[ParallelContext]:
-    """Rank 0 of the tp ranks of `layout`, on the meta device; its collectives move nothing. The process must not be in a
-    process group."""
+    """The first tp rank of the second cp rank of `layout` (which has neighbours on both sides, and sends as much as any), on the
+    meta device; its collectives move nothing. The process must not be in a process group."""
     hook = sys.excepthook  # torch puts a prefix with the rank before what is printed, and leaves it there
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.tp)
+    rank = layout.tp * min(1, layout.cp - 1)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.cp * layout.tp)
     try:
-        mesh = init_device_mesh("cpu", (1, 1, 1, 1, layout.tp), mesh_dim_names=MESH_DIMENSIONS)
+        mesh = init_device_mesh("cpu", (1, 1, 1, layout.cp, layout.tp), mesh_dim_names=MESH_DIMENSIONS)
         yield ParallelContext.over(mesh, torch.device("meta"), layout)
     finally:
         dist.destroy_process_group()
@@ -49,15 +54,17 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes that live in storages made while it is on, and the bytes that collectives send.
 
     `now`: bytes alive. `peaks`: the most alive at one time, for each `moment` the caller names. `peaks_at`: the same for each
-    kind of allocation in it (operation, dtype, dimensions). `sent`: bytes a rank sends, by moment and collective.
+    kind of allocation in it (operation, dtype, dimensions). `sent`: bytes that this rank sends to others, by process group,
+    moment and collective; `groups` names process groups, which go by their own names otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Mapping[str, str] | None = None) -> None:
         super().__init__()
+        self.groups = groups or {}
         self.now, self.moment = 0, "start"
         self.peaks: Counter[str] = Counter()
         self.peaks_at: dict[str, Counter[str]] = {}
-        self.sent: dict[str, Counter[str]] = {}
+        self.sent: dict[str, dict[str, Counter[str]]] = {}
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,7 +93,54 @@ class Ledger(TorchDispatchMode):
         self.now -= self._alive.pop(key)
 
     def _send(self, func: Any, args: Any) -> None:
-        name = next(name for key, name in COLLECTIVES.items() if key in func.name())
-        whole = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        ranks = dist.get_world_size()
-        self.sent.setdefault(self.moment, Counter())[name] += SHARE_SENT[name] * whole * (ranks - 1) // ranks
+        name = next((name for key, name in COLLECTIVES.items() if key in func.name()), None)
+        if name is None:
+            return
+        place = [argument.name for argument in func._schema.arguments].index("process_group")
+        group = dist.ProcessGroup.unbox(args[place])
+        if name == "all-to-all":
+            _, given, _, _, rows, *_ = args
+            sent = given.nbytes // max(given.shape[0], 1) * (sum(rows) - rows[group.rank()])
+        else:
+            whole = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            sent = SHARE_SENT[name] * whole * (group.size() - 1) // group.size()
+        dimension = self.groups.get(group.group_name, group.group_name)
+        self.sent.setdefault(dimension, {}).setdefault(self.moment, Counter())[name] += sent
+
+
+def group_names(context: ParallelContext) -> dict[str, str]:
+    """The names of the mesh's dimensions by those of their process groups, for a :class:`Ledger`."""
+    return {context.group(name).group_name: name for name in MESH_DIMENSIONS if context.size(name) > 1}
+
+
+class Action(NamedTuple):
+    """What a pipeline rank does next with one of its stages: forward pass "F", backward pass "B" or in its place gradients of
+    inputs "I" and of weights "W"; "UNSHARD" and "RESHARD" its weights (of no micro-batch)."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+
+
+@cache
+def pipeline_actions(schedule: str, pp: int, stages: int, micro_batches: int) -> tuple[tuple[Action, ...], ...]:
+    """What each rank does in a step, in order, as torch's schedules have it (and as its Schedule1F1B, which makes no list,
+    goes about it)."""
+    if schedule == "1f1b":
+        return tuple(_one_forward_one_backward(pp - rank, rank, micro_batches) for rank in range(pp))
+    each = [SimpleNamespace(num_stages=stages, group_size=pp, group_rank=0, submod=None) for _ in range(stages // pp)]
+    orders = SCHEDULES[schedule](each, micro_batches).pipeline_order_with_comms
+    # How they are written ("3F0", "1UNSHARD") is the same in all versions of torch.
+    found = [[_ACTION.fullmatch(str(action)) for action in orders[rank]] for rank in range(pp)]
+    return tuple(tuple(Action(m[2], int(m[1]), int(m[3] or -1)) for m in order if m) for order in found)
+
+
+_ACTION = re.compile(r"(\d+)(F|B|I|W|UNSHARD|RESHARD)(\d*)")
+
+
+def _one_forward_one_backward(ahead: int, stage: int, micro_batches: int) -> tuple[Action, ...]:
+    ahead = min(ahead, micro_batches)
+    found = [Action("F", stage, i) for i in range(ahead)]
+    for i in range(micro_batches):
+        found += [Action("B", stage, i), *([Action("F", stage, i + ahead)] if i + ahead < micro_batches else [])]
+    return tuple(found)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -35,7 +37,9 @@ def shard(
     parameters' own dtype. The parameters in `apart` stay whole on every rank, see :func:`sum_replicated_gradients`. The
     weights of the units in `unread` are not gathered for the backward pass, see :func:`read_in_backward`.
     """
-    mesh = context.mesh["dp_replicate", "dp_shard"] if context.size("dp_replicate") > 1 else context.mesh["dp_shard"]
+    mesh = context.shard_mesh
+    if context.size("dp_replicate") > 1:
+        mesh = DeviceMesh._concatenate([context.mesh["dp_replicate"], mesh])
     units = list(units)
     some = next(root.parameters())
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=some.dtype, cast_forward_inputs=False)
@@ -69,6 +73,25 @@ def last_backward(root: nn.Module, last: bool, context: ParallelContext) -> None
     root.set_reshard_after_backward(last or context.reshard_after_forward)
 
 
+def keep_deferred(root: nn.Module) -> None:
+    """After weights' gradients that were put off are computed: add them to what this step has so far, in the dtype in which
+    gradients are summed, as FSDP itself does at the end of a unit's backward pass only."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for parameter in unit_parameters(module):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def unit_parameters(unit: FSDPModule) -> list[Any]:
+    """What FSDP keeps of each parameter of one unit."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch 2.11: one or none
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return [parameter for group in groups for parameter in group.fsdp_params]
+
+
 def reshard(root: nn.Module) -> None:
     """Give up gathered weights that a forward pass without a backward pass left behind."""
     for module in root.modules():
@@ -84,10 +107,10 @@ def local(tensor: Tensor) -> Tensor:
 def sum_replicated_gradients(
     apart: Iterable[nn.Parameter], partial_over_tp: Iterable[nn.Parameter], context: ParallelContext
 ) -> None:
-    """After a step's last backward pass: sum the gradients of the parameters kept `apart` over the data-parallel ranks and
-    those of `partial_over_tp` over tp, in one flat collective per mesh dimension."""
-    if context.dp_size > 1:
-        _sum_flat(apart, context.sum_over_dp)
+    """After a step's last backward pass: sum the gradients of the parameters kept `apart` over the data- and context-parallel
+    ranks and those of `partial_over_tp` over tp, in one flat collective per mesh dimension."""
+    if context.token_ranks > 1:
+        _sum_flat(apart, context.sum_over_tokens)
     if context.size("tp") > 1:
         _sum_flat(partial_over_tp, lambda flat: reduce_(flat, context.group("tp")))
 

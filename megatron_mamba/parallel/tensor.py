@@ -56,6 +56,6 @@ def owned_slices(
         index[split_dim] = slice(context.rank("tp") * size, (context.rank("tp") + 1) * size)
     if sharded:
         first = index[0]
-        part = shard_range(first.stop - first.start, context.rank("dp_shard"), context.size("dp_shard"))
+        part = shard_range(first.stop - first.start, context.shard_rank, context.shard_size)
         index[0] = slice(first.start + part.start, first.start + part.stop)
     return tuple(index)

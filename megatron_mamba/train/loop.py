@@ -6,20 +6,22 @@ import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
 from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
 from megatron_mamba.data.loader import Batch, Loader
-from megatron_mamba.model import build
+from megatron_mamba.model import build_pipeline
 from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import count, parameter_table
+from megatron_mamba.model.stages import stages_of
+from megatron_mamba.model.timing import measured_costs
 from megatron_mamba.optim import (
     build_optimizer,
     clip_,
@@ -29,7 +31,6 @@ from megatron_mamba.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from megatron_mamba.parallel import fsdp
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
@@ -71,12 +72,20 @@ class Trainer:
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         self.data = build_datasets(config)
-        self.model = build(
-            config.model, context, precision=config.trainer.precision, seed=config.run.seed, recompute=config.recompute
+        # What is put off under a zero-bubble schedule costs time too.
+        timed = config.parallel.balance == "time" and context.size("pp") > 1
+        costs = measured_costs(config, replace(context, deferred=None)) if timed else None
+        self.pipeline = build_pipeline(
+            config.model,
+            stages_of(config, costs),
+            context,
+            precision=config.trainer.precision,
+            seed=config.run.seed,
+            recompute=config.recompute,
         )
-        self.parameters = list(self.model.parameters())
+        self.parameters = [parameter for _, parameter in self.pipeline.named_parameters()]
         self.table = parameter_table(config.model)
-        self.optimizer = build_optimizer(self.model.named_parameters(), self.table, config.optim)
+        self.optimizer = build_optimizer(self.pipeline.named_parameters(), self.table, config.optim)
         self.manager = CheckpointManager(
             config.checkpoint_dir,
             keep_last=config.checkpoint.keep_last,
@@ -146,21 +155,14 @@ class Trainer:
         count_micro = batch_size // (config.trainer.micro_batch_size * context.dp_size)
         with self.timer.phase("data"):
             batches = [next(loader) for _ in range(count_micro)]
-        targets = context.sum_over_dp(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
+        targets = context.sum_over_tokens(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
         scale = 1.0 / max(targets, 1)
-        loss = torch.zeros((), dtype=torch.float64, device=context.device)
-        for i, batch in enumerate(batches):
-            self.model.last_backward(i == count_micro - 1)
-            with self.timer.phase("forward"):
-                part = self._loss(batch, scale)
-                loss += part.detach()
-            with self.timer.phase("backward"):
-                part.backward()
-        self.model.sum_gradients()
+        chunk = config.trainer.loss_chunk_tokens
+        loss = self.pipeline.step(batches, scale=scale, chunk_tokens=chunk, phase=self.timer.phase)
         with self.timer.phase("optimizer"):
             lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
             norm = global_grad_norm(self.parameters, context)
-            loss_value, norm_value = torch.stack([context.sum_over_dp(loss), norm.double()]).tolist()
+            loss_value, norm_value = torch.stack([self.pipeline.total(loss), norm.double()]).tolist()
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             if finite:
                 clip_(self.parameters, norm, config.optim.clip_grad)
@@ -182,15 +184,6 @@ class Trainer:
             "skipped_steps": self.skips.total,
         }
 
-    def _loss(self, batch: Batch, scale: float) -> Tensor:
-        return self.model(
-            batch.inputs_BS,
-            labels_BS=batch.labels_BS,
-            document_start_BS=batch.document_start_BS,
-            scale=scale,
-            chunk_tokens=self.config.trainer.loss_chunk_tokens,
-        )
-
     def _give_up(self, record: dict[str, Any]) -> None:
         self._save()
         self.manager.wait()
@@ -203,7 +196,6 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
-    @torch.no_grad()
     def _evaluate(self, split: str, dataset: Dataset | None) -> None:
         """Log the mean loss over the first eval.samples sequences of a split, the same ones each time."""
         samples = min(self.config.eval.samples, dataset.samples_per_epoch if dataset is not None else 0)
@@ -213,18 +205,19 @@ class Trainer:
         groups = self._evaluation_groups(samples)
         micro = self.config.trainer.micro_batch_size
         padded = [group + [0] * (micro - len(group)) for group in groups]
-        totals = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        losses, tokens = (torch.zeros((), dtype=torch.float64, device=self.context.device) for _ in range(2))
+        chunk = self.config.trainer.loss_chunk_tokens
         bar = self.metrics.progress(len(groups), split, "batches")
         with self.throughput.paused(), self.timer.phase("evaluate"), self._loader(dataset, padded) as batches, bar:
             for group, batch in zip(groups, batches, strict=True):
                 batch.labels_BS[len(group) :] = IGNORE
-                totals[0] += self._loss(batch, 1.0)
-                totals[1] += (batch.labels_BS >= 0).sum()
+                losses += self.pipeline.evaluate(batch, chunk_tokens=chunk)
+                tokens += (batch.labels_BS >= 0).sum()
                 bar.update()
-            loss, tokens = self.context.sum_over_dp(totals).tolist()
-        fsdp.reshard(self.model)
+            loss, counted = torch.stack([self.pipeline.total(losses), self.context.sum_over_tokens(tokens)]).tolist()
+        self.pipeline.reshard()
         record = {"step": self.step, "consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
-        self.metrics.log(record | {"loss": loss / max(tokens, 1), "tokens": int(tokens)}, kind=split)
+        self.metrics.log(record | {"loss": loss / max(counted, 1), "tokens": int(counted)}, kind=split)
 
     def _evaluation_groups(self, samples: int) -> list[list[int]]:
         """This rank's sample numbers by micro-batch; every rank gets equally many, some of them short or empty."""
@@ -241,12 +234,13 @@ class Trainer:
             mask_document_ends=data.mask_document_ends,
             prefetch=data.prefetch,
             device=self.context.device,
+            piece=(self.context.rank("cp"), self.context.size("cp")),
         )
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _tensors(self) -> dict[str, Any]:
-        return {"model": dict(self.model.named_parameters()), "optimizer": optimizer_state(self.optimizer)}
+        return {"model": dict(self.pipeline.named_parameters()), "optimizer": optimizer_state(self.optimizer)}
 
     def _save(self) -> None:
         if self.step == self.saved_step:
@@ -339,13 +333,18 @@ class Trainer:
 
 def _check_batches(config: Config, context: ParallelContext) -> None:
     """Every batch must share out evenly over data-parallel ranks and micro-batches, and the run must hold one."""
-    sizes = {"trainer.global_batch_size": config.trainer.global_batch_size}
-    if config.trainer.batch_ramp is not None:
-        sizes["trainer.batch_ramp.start"] = config.trainer.batch_ramp.start
-        sizes["trainer.batch_ramp.increment"] = config.trainer.batch_ramp.increment
-    for field, size in sizes.items():
-        config.trainer.micro_batches(field, size, context.dp_size)
-    first = min(sizes.values())
+    settings = {"trainer.global_batch_size": config.trainer.global_batch_size}
+    sizes = list(settings.values())
+    if (ramp := config.trainer.batch_ramp) is not None:
+        settings |= {"trainer.batch_ramp.start": ramp.start, "trainer.batch_ramp.increment": ramp.increment}
+        sizes += range(ramp.start, config.trainer.global_batch_size, ramp.increment)
+    for field, value in settings.items():
+        config.trainer.micro_batches(field, value, context.dp_size)
+    for size in sizes:
+        field = next((field for field, value in settings.items() if value == size), "trainer.batch_ramp.increment")
+        micro_batches = config.trainer.micro_batches(field, size, context.dp_size)
+        config.parallel.check_micro_batches(field, settings[field], size, micro_batches)
+    first = min(sizes)
     require(
         config.train_samples >= first,
         "trainer.train_samples",

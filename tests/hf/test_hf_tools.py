@@ -85,7 +85,7 @@ def test_verify_fails_where_a_layer_is_wrong(
 
     def wrong(*args: object) -> tuple[LanguageModel, dict]:
         model, metadata = original(*args)
-        model.layers[0].mixer.eps = 1e-2
+        model.layers["0"].mixer.eps = 1e-2
         return model, metadata
 
     monkeypatch.setattr(export_hf, "load_model", wrong)

@@ -73,7 +73,7 @@ def unsharded(config: ModelConfig, context: ParallelContext, recompute: Recomput
 
 def layer_calls(pattern: str, context: ParallelContext, recompute: Recompute) -> tuple[Counter[Call], Counter[Call]]:
     """Collectives of the forward and of the backward pass of a layer."""
-    layer = unsharded(MODELS[pattern], context, recompute).layers[0]
+    layer = unsharded(MODELS[pattern], context, recompute).layers["0"]
     tokens = T // context.size("tp") if context.sequence_parallel else T
     x = torch.ones(tokens, D, dtype=torch.float64, requires_grad=True)
     out, forward = watched(lambda: layer(x, SequenceInfo(BATCH, LENGTH, x.device), None))
@@ -158,7 +158,7 @@ def test_one_rank_calls_nothing() -> None:
             norm = global_grad_norm(model.parameters(), context)
             assert float(norm) > 0
             clip_(model.parameters(), norm, 1e-3)
-            context.sum_over_dp(norm)
+            context.sum_over_tokens(norm)
             context.any_rank(False)
             context.barrier()
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from harness import Case, Result, compare_training, train_alone
-from megatron_mamba.model import LanguageModel, attention, mamba, mamba2, mlp
-from megatron_mamba.parallel import collectives, fsdp, linear, norms, tensor, vocab
+from mamba_kernels.selective_scan import reference as scan_reference
+from mamba_kernels.ssd import reference as ssd_reference
+from megatron_mamba.model import LanguageModel, attention, lm, mamba, mamba2, mlp
+from megatron_mamba.parallel import collectives, fsdp, linear, norms, ring_attention, sequence, tensor, vocab
 from megatron_mamba.parallel.context import ParallelContext
 from tiny import tiny
 
@@ -141,6 +143,73 @@ def first_group(parameter: Any) -> dict[str, Any]:
 SHARDING_GROUPS = norms._sharding_groups
 
 
+# --------------------------------------------------------------------------------------------------- pieces of sequences
+
+
+def no_halo(x: Tensor, *_: object) -> tuple[Tensor, None]:
+    """In place of a convolution's view of the piece before."""
+    return x, None
+
+
+def uncut_halo(x: Tensor, width: int, _: object, context: ParallelContext) -> tuple[Tensor, Tensor | None]:
+    return WITH_HALO(x, width, None, context)
+
+
+def shift_inputs_only(x: Tensor, group: Any, by: int, *, around: bool) -> collectives.Pending:
+    """A shift that brings no gradient back."""
+    shifted = START_SHIFT(x, group, by, around=around).wait()
+    return pending(shifted if by > 0 else torch.zeros_like(shifted), group)
+
+
+def shift_backwards(x: Tensor, group: Any, by: int, *, around: bool) -> collectives.Pending:
+    return START_SHIFT(x, group, -by, around=around)
+
+
+def nothing_carried(_: object, __: object, state: Tensor, ___: object) -> Callable[[], Tensor]:
+    return lambda: torch.zeros_like(state)
+
+
+def undecayed(ranks: Any, decay: Tensor, state: Tensor, as_decay: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    return START_STATE_BEFORE(ranks, decay, state, lambda sent: torch.ones_like(as_decay(sent)))
+
+
+def other_neighbours(self: Any, x: Tensor) -> Callable[[], Tensor]:
+    """Ranks in reverse order."""
+    whole = START_GATHER_OF_RANKS(self, x)
+    return lambda: whole().flip(0)
+
+
+def from_zero(positions: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return ROPE_TABLES(positions - positions[0], *settings)
+
+
+def own_documents(x: Tensor, context: ParallelContext) -> Tensor:
+    """Every rank's document starts as if they were this one's."""
+    return x.repeat(1, context.size("cp"))
+
+
+def average(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """A merge by equal weights."""
+    seen = torch.isfinite(lse).unsqueeze(-1)
+    out.copy_(torch.where(seen, (out + part) / 2, part))
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def own_keys_only(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of keys and values of this rank's own chunks, none of those that pass by."""
+    g_q, g_k, g_v = CORE_BACKWARD(*arguments)
+    return (g_q, g_k, g_v) if arguments[-1] else (g_q, torch.zeros_like(g_k), torch.zeros_like(g_v))
+
+
+def over_dp_shard_only(self: ParallelContext, value: Tensor) -> Tensor:
+    return collectives.reduce_(value, self.group("dp_shard"))
+
+
+WITH_HALO, START_SHIFT, ROPE_TABLES = sequence.with_halo, sequence.start_shift, lm.rope_tables
+START_STATE_BEFORE, START_GATHER_OF_RANKS = ssd_reference.start_state_before, sequence.Ranks.start_gather
+CORE_BACKWARD = ring_attention._core_backward
+
+
 # -------------------------------------------------------------------------------------------------------------- tests
 
 
@@ -220,6 +289,31 @@ BUGS: dict[str, dict[str, Bug]] = {
             patch.object(fsdp, "last_backward", no_replicas), "M", reduce_every_micro_batch=True
         ),
     },
+    "cp4": {
+        f"{kind}: {what}": Bug(patch.object(where, name, planted), kind, shows)
+        for kind, module, scan in (("M", mamba2, ssd_reference), ("m", mamba, scan_reference))
+        for what, where, name, planted, shows in (
+            ("convolution sees its piece only", module, "with_halo", no_halo, "loss"),
+            ("convolution sees the document before", module, "with_halo", uncut_halo, "loss"),
+            ("gradient of the piece before not returned", sequence, "start_shift", shift_inputs_only, "gradient"),
+            ("scan from a zero state", module, "sequence_ranks", lambda _: None, "loss"),
+            ("ranks' states without the decay between", scan, "start_state_before", undecayed, "loss"),
+            ("states of ranks in reverse order", sequence.Ranks, "start_gather", other_neighbours, "loss"),
+            ("gradient of the final state not passed", scan, "start_gradient_after", nothing_carried, "gradient"),
+        )
+    }
+    | {
+        "*: positions from 0 on every rank": Bug(patch.object(lm, "rope_tables", from_zero), "*", "loss"),
+        "*: documents of the own piece on every rank": Bug(patch.object(sequence, "whole_sequence", own_documents), "*", "loss"),
+        "*: a ring in the other direction": Bug(patch.object(ring_attention, "start_shift", shift_backwards), "*", "loss"),
+        "*: partial results with equal weights": Bug(patch.object(ring_attention, "_merge", average), "*", "loss"),
+        "*: gradient of keys that pass by left out": Bug(patch.object(ring_attention, "_core_backward", own_keys_only), "*"),
+    },
+    "cp2 dp2": {
+        "loss and replicated gradients not summed over cp": Bug(
+            patch.object(ParallelContext, "sum_over_tokens", over_dp_shard_only), "M", "loss"
+        ),
+    },
     "tp2 dp2": {
         "initial weights cut over dp before tp": Bug(patch.object(tensor, "owned_slices", dp_cuts_first), "M*-", "loss"),
         "gradient norm: shards of one mesh dimension added up": Bug(
@@ -233,6 +327,8 @@ MESHES = {
     "dp2": {"dp_shard": 2},
     "dp_replicate2 dp_shard2": {"dp_replicate": 2, "dp_shard": 2},
     "tp2 dp2": {"tp": 2, "dp_shard": 2},
+    "cp4": {"cp": 4},
+    "cp2 dp2": {"cp": 2, "dp_shard": 2},
 }
 
 

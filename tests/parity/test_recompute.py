@@ -109,7 +109,7 @@ class Pass:
 
 
 def run(pattern: str, context: ParallelContext, recompute: Recompute) -> Pass:
-    layer = unsharded(pattern, context, recompute).layers[0]
+    layer = unsharded(pattern, context, recompute).layers["0"]
     tokens = T // context.size("tp") if context.sequence_parallel else T
     x = torch.randn(tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     starts, rotary = torch.arange(LENGTH).expand(BATCH, -1) % 5 == 0, MODELS[pattern].attention

@@ -65,7 +65,14 @@ MESHES: dict[str, dict[str, int]] = {
     "dp5": {"dp_shard": 5},
     "tp2 dp3": {"tp": 2, "dp_shard": 3},
     "replicas3 tp2": {"dp_replicate": 3, "tp": 2},
+    "pp2": {"pp": 2},
+    "pp2 cp2": {"pp": 2, "cp": 2},
 }
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pp2 interleaved": ("pp2", {"schedule": "interleaved"}),
+    "pp2 cp2 zbv": ("pp2 cp2", {"schedule": "zbv", "balance": "time"}),
+}
+"""Meshes with a schedule of their own, one of them with stages by measured time."""
 
 # --------------------------------------------------------------------------------------------- every element in its place
 
@@ -139,7 +146,7 @@ def test_every_element_goes_where_it_belongs(before: str, after: str, saved: Cal
         load(path, tensors)
         wrong = [name for name, value in expected.items() if not torch.equal(mine[name], value[slices[name]])]
         assert not wrong, wrong
-        empty = context.sum_over_dp(torch.tensor(float(any(part.numel() == 0 for part in mine.values()))))
+        empty = context.sum_over_tokens(torch.tensor(float(any(part.numel() == 0 for part in mine.values()))))
         assert (empty > 0) == ("dp3" in after or "dp5" in after), "the model is to leave a rank of these meshes without rows"
 
     on_ranks(MESHES[after], read)
@@ -271,8 +278,10 @@ def run(
     run_dir: Path, mesh: str, last: int, model: ModelConfig = MODEL, *, reshard: bool = True, evaluate: int = 0, **checkpoint: Any
 ) -> None:
     """Start or resume a run on a mesh, up to step `last`, with a validation every `evaluate` steps."""
+    mesh, schedule = LAYOUTS.get(mesh, (mesh, {}))
     sizes = {"dp_shard": 1} | MESHES[mesh]
-    layout = ParallelConfig(**sizes, sequence_parallel="tp" in sizes, reshard_after_forward=reshard)
+    layout = ParallelConfig(**sizes, **schedule, sequence_parallel="tp" in sizes, reshard_after_forward=reshard)
+    at_once = BATCH // (sizes["dp_shard"] * sizes.get("dp_replicate", 1))
     config = Config(
         model=model,
         parallel=layout,
@@ -282,7 +291,7 @@ def run(
             train_samples=100 * BATCH,
             stop_after_samples=last * BATCH,
             global_batch_size=BATCH,
-            micro_batch_size=BATCH // (sizes["dp_shard"] * sizes.get("dp_replicate", 1)),
+            micro_batch_size=1 if "pp" in sizes else at_once,
             precision="fp64",
         ),
         checkpoint=CheckpointConfig(**{"interval": SAVED, "keep_last": 100} | checkpoint),
@@ -321,16 +330,29 @@ def no_plots() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run that is not interrupted, and the beginning of the same on one rank; both saved step 3."""
+    """A run that is not interrupted, and the beginnings of the same on one rank and on pipelines; all saved step 3."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "tp2 dp2", "tp2 dp2", SAVED + STEPS)
-    run(folder / "one", "one", SAVED)
-    return {mesh: folder / mesh for mesh in ("tp2 dp2", "one")}
+    others = ("one", "pp2 cp2 zbv", "pp2 interleaved")
+    for mesh in others:
+        run(folder / mesh, mesh, SAVED)
+    return {mesh: folder / mesh for mesh in ("tp2 dp2", *others)}
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("tp2 dp2", "tp4"), ("tp2 dp2", "dp4"), ("tp2 dp2", "one"), ("tp2 dp2", "replicas2 dp2"), ("one", "tp2 dp2")],
+    [
+        ("tp2 dp2", "tp4"),
+        ("tp2 dp2", "dp4"),
+        ("tp2 dp2", "one"),
+        ("tp2 dp2", "replicas2 dp2"),
+        ("one", "tp2 dp2"),
+        ("tp2 dp2", "pp2"),
+        ("pp2 cp2 zbv", "tp4"),
+        ("pp2 cp2 zbv", "one"),
+        ("pp2 interleaved", "pp2"),
+        ("pp2 interleaved", "pp2 cp2 zbv"),
+    ],
 )
 def test_training_continues_on_another_mesh(
     before: str, after: str, runs: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
@@ -344,8 +366,9 @@ def test_training_continues_on_another_mesh(
     assert max(errors) <= 1e-10, errors
     # Said once, and not by every rank.
     names = {"tp2 dp2": "dp_shard 2 x tp 2", "replicas2 dp2": "dp_replicate 2 x dp_shard 2", "tp4": "tp 4", "dp4": "dp_shard 4"}
-    notice = f"was saved on {names.get(before, 'one rank')} and is laid out anew over {names.get(after, 'one rank')}\n"
-    assert logged(tmp_path).count(notice) == 1
+    names |= {"pp2": "pp 2", "pp2 interleaved": "pp 2", "pp2 cp2 zbv": "pp 2 x cp 2"}
+    was, is_ = (names.get(mesh, "one rank") for mesh in (before, after))
+    assert logged(tmp_path).count(f"was saved on {was} and is laid out anew over {is_}\n") == (was != is_)
 
 
 def test_weights_of_another_mesh_start_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -365,13 +388,16 @@ def test_weights_of_another_mesh_start_a_run(runs: dict[str, Path], tmp_path: Pa
         run(tmp_path / "d", "one", 1, tiny("Mm*-", vocab_size=60, mamba2={"d_inner": 64, "state_size": 6}), init_from=str(source))
 
 
-@pytest.mark.parametrize(("tied", "reshard"), [(True, True), (False, False), (True, False)])
-def test_a_checkpoint_after_a_validation(tied: bool, reshard: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "tied", "reshard"),
+    [("dp2", True, True), ("dp2", False, False), ("dp2", True, False), ("pp2 interleaved", False, True), ("pp2", False, False)],
+)
+def test_a_checkpoint_after_a_validation(mesh: str, tied: bool, reshard: bool, tmp_path: Path) -> None:
     """Validation gathers weights that no backward pass gives up (the root's of tied embeddings; every unit's, where they are
     kept through a step): a checkpoint of the same step is that of a run without it, and training goes on from it alike."""
     model = replace(MODEL, tie_embeddings=tied)
-    run(tmp_path / "plain", "dp2", SAVED + 2, model, reshard=reshard)
-    run(tmp_path / "validated", "dp2", SAVED, model, reshard=reshard, evaluate=SAVED)
+    run(tmp_path / "plain", mesh, SAVED + 2, model, reshard=reshard)
+    run(tmp_path / "validated", mesh, SAVED, model, reshard=reshard, evaluate=SAVED)
     lines = map(json.loads, (tmp_path / "validated/metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [SAVED]
     plain, validated = (tmp_path / name / f"checkpoints/step_{SAVED:08}" for name in ("plain", "validated"))
@@ -381,5 +407,5 @@ def test_a_checkpoint_after_a_validation(tied: bool, reshard: bool, tmp_path: Pa
         expected, found = load_file(plain / file), load_file(validated / file)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    run(tmp_path / "validated", "dp2", SAVED + 2, model, reshard=reshard, evaluate=SAVED)
+    run(tmp_path / "validated", mesh, SAVED + 2, model, reshard=reshard, evaluate=SAVED)
     assert figures(tmp_path / "validated") == figures(tmp_path / "plain")

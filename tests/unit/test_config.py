@@ -115,18 +115,19 @@ def test_tiny_models_have_equal_parameters():
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "lr", "min_lr", "tokens", "seq_length"),
+    ("name", "batch", "lr", "min_lr", "tokens", "seq_length", "cp"),
     [
-        ("empirical_study_1_1t", 256, 1e-4, 1e-5, 1.1e12, 4096),
-        ("empirical_study_3_5t", 1024, 3e-4, 3e-5, 3.5e12, 4096),
-        ("long_context_16k", 256, 3e-5, 3e-6, 50e9, 16384),
-        ("long_context_32k", 128, 3e-5, 3e-6, 50e9, 32768),
-        ("long_context_128k", 32, 3e-5, 3e-6, 50e9, 131072),
+        ("empirical_study_1_1t", 256, 1e-4, 1e-5, 1.1e12, 4096, 1),
+        ("empirical_study_3_5t", 1024, 3e-4, 3e-5, 3.5e12, 4096, 1),
+        ("long_context_16k", 256, 3e-5, 3e-6, 50e9, 16384, 2),
+        ("long_context_32k", 128, 3e-5, 3e-6, 50e9, 32768, 4),
+        ("long_context_128k", 32, 3e-5, 3e-6, 50e9, 131072, 8),
     ],
 )
-def test_recipe(name, batch, lr, min_lr, tokens, seq_length):
+def test_recipe(name, batch, lr, min_lr, tokens, seq_length, cp):
     start = ["checkpoint.init_from=runs/4k"] if name.startswith("long") else []
-    config = compose(["model=hybrid_8b", "data.path=corpus", f"recipe={name}", *start])
+    config = compose(["model=hybrid_8b", "data.path=corpus", f"recipe={name}", *start, "parallel=tp4"])
+    assert (config.parallel.cp, config.parallel.tp, config.parallel.sequence_parallel) == (cp, 4, True)
     optim, trainer = config.optim, config.trainer
     assert (trainer.global_batch_size, optim.lr, optim.min_lr, trainer.train_tokens) == (batch, lr, min_lr, tokens)
     assert (config.data.seq_length, trainer.precision) == (seq_length, "bf16")

@@ -147,7 +147,7 @@ def test_generation_ends_once_all_rows_have(hybrid: LanguageModel) -> None:
     """No step is computed after the last row's end."""
     first = generate(hybrid, [[7, 8]], replace(GREEDY, max_new_tokens=1), None)[0][0]
     lengths: list[int] = []
-    handle = hybrid.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[1].length))
+    handle = hybrid.layers["0"].register_forward_pre_hook(lambda module, args: lengths.append(args[1].length))
     assert generate(hybrid, [[7, 8]], GREEDY, first) == [[]]
     handle.remove()
     assert lengths == [2]

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import yaml
 
 from harness import on_ranks
 from megatron_mamba.config import Config, ConfigError, DataConfig, ModelConfig, TrainerConfig, from_dict
-from megatron_mamba.layout import ParallelConfig, SplitUnits
+from megatron_mamba.layout import ParallelConfig, Schedule, SplitUnits
 from megatron_mamba.model import build
 from megatron_mamba.model.parameters import parameter_table
+from megatron_mamba.model.stages import rank_of
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.pipeline import SCHEDULES
 from tiny import random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +43,7 @@ MODELS = {name: named(name) for name in NAMES} | {
 def refusal(layout: ParallelConfig, model: ModelConfig, tokens: int = TOKENS) -> ConfigError | None:
     """Why `layout` cannot share out `model`, if it cannot."""
     try:
-        layout.check_split(model.split_units(), tokens)
+        layout.check_split(model.split_units(), 1, tokens, model.halo)
     except ConfigError as error:
         return error
     return None
@@ -155,7 +158,8 @@ def test_sequence_parallelism_splits_tokens_evenly() -> None:
         run.validate()
     error = caught.value
     assert (error.field, error.value) == ("parallel.sequence_parallel", True)
-    assert error.problem == "trainer.micro_batch_size x data.seq_length = 8180 tokens is not a multiple of parallel.tp = 8"
+    tokens = "trainer.micro_batch_size x data.seq_length / parallel.cp = 8180 tokens"
+    assert error.problem == f"{tokens} is not a multiple of parallel.tp = 8"
     assert error.remedy == "Make data.seq_length a multiple of 8"
     replace(run, data=replace(run.data, seq_length=4096)).validate()
     replace(run, parallel=ParallelConfig(tp=8)).validate()
@@ -240,10 +244,89 @@ def test_sizes_are_positive(field: str, value: int) -> None:
     assert caught.value.remedy in (f"Set parallel.{field} to 1 or more", "Use -1 to take every rank that is left")
 
 
-@pytest.mark.parametrize("field", ["pp", "cp"])
-def test_dimensions_that_are_still_to_come(field: str) -> None:
-    with pytest.raises(ConfigError, match=f"^parallel.{field} = 2: this release runs on tensor- and data-parallel ranks only"):
-        ParallelConfig(**{field: 2}).validate()
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+
+@pytest.mark.parametrize(
+    ("layout", "field", "remedied"),
+    [
+        ({"schedule": "interleaved"}, "schedule", [{"schedule": "1f1b"}, {"pp": 2}]),
+        ({"schedule": "zbv"}, "schedule", [{"schedule": "1f1b"}, {"pp": 3}]),
+        ({"stages_per_rank": 2}, "stages_per_rank", [{"stages_per_rank": 1}]),
+        ({"pp": 2, "stages_per_rank": 2}, "stages_per_rank", [{"stages_per_rank": 1}, {"schedule": "interleaved"}]),
+        ({"pp": 2, "schedule": "interleaved", "stages_per_rank": 1}, "stages_per_rank", [{"stages_per_rank": 2}]),
+        ({"pp": 2, "schedule": "zero_bubble", "stages_per_rank": 0}, "stages_per_rank", [{"stages_per_rank": 1}]),
+        ({"pp": 2, "schedule": "zbv", "stages_per_rank": 3}, "stages_per_rank", [{"stages_per_rank": 2}]),
+        ({"pp": 2, "reduce_gradients": "micro_batch"}, "reduce_gradients", [{"reduce_gradients": "step"}]),
+    ],
+)
+def test_pipelines_that_cannot_be(layout: dict[str, Any], field: str, remedied: list[dict[str, Any]]) -> None:
+    """Refused with the field's name; what the remedy says is not."""
+    with pytest.raises(ConfigError) as caught:
+        ParallelConfig(**layout).validate()
+    error = caught.value
+    assert (error.field, error.value) == (f"parallel.{field}", layout[field])
+    for change in remedied:
+        ParallelConfig(**layout | change).validate()
+    assert f"parallel.{field}={remedied[0][field]}" in error.remedy
+
+
+def test_stages_of_a_layout() -> None:
+    for layout, stages in [
+        ({}, 1),
+        ({"pp": 4}, 4),
+        ({"pp": 4, "schedule": "interleaved"}, 8),
+        ({"pp": 4, "schedule": "interleaved", "stages_per_rank": 3}, 12),
+        ({"pp": 4, "schedule": "zero_bubble", "stages_per_rank": 1}, 4),
+        ({"pp": 4, "schedule": "zbv"}, 8),
+    ]:
+        assert ParallelConfig(**layout).stages == stages  # type: ignore[arg-type]
+
+
+def test_tied_embeddings_and_a_pipeline() -> None:
+    run = Config(tiny("MM", tie_embeddings=True), data=DataConfig("synthetic"), trainer=TrainerConfig(train_samples=10))
+    run.validate()
+    with pytest.raises(ConfigError, match=r"^model.tie_embeddings = True: over parallel.pp = 2 embedding and output lie"):
+        replace(run, parallel=ParallelConfig(pp=2)).validate()
+    replace(run, model=tiny("MM"), parallel=ParallelConfig(pp=2)).validate()
+
+
+def torch_takes(schedule: Schedule, pp: int, count: int) -> bool:
+    """Whether torch makes a schedule of `count` micro-batches."""
+    layout = ParallelConfig(pp=pp, schedule=schedule)
+    stages: list[Any] = [
+        SimpleNamespace(
+            num_stages=layout.stages, group_size=pp, group_rank=0, stage_index=index, is_first=index == 0,
+            is_last=index == layout.stages - 1, submod=torch.nn.Identity(),
+        )
+        for index in range(layout.stages) if rank_of(index, layout) == 0
+    ]  # fmt: skip
+    try:
+        SCHEDULES[schedule](stages[0] if schedule == "1f1b" else stages, count, loss_fn=lambda loss, _: loss, scale_grads=False)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
+@pytest.mark.parametrize("pp", [2, 3, 4])
+def test_numbers_of_micro_batches_are_those_that_torch_takes(schedule: Schedule, pp: int) -> None:
+    """For every number: refused exactly where torch would, with another one that works."""
+    layout, refused = ParallelConfig(pp=pp, schedule=schedule), 0
+    for count in range(1, 4 * pp):
+        if torch_takes(schedule, pp, count):
+            layout.check_micro_batches("trainer.global_batch_size", 6 * count, 6 * count, count)
+            continue
+        refused += 1
+        with pytest.raises(ConfigError, match=f"a batch of {6 * count} makes {count} micro-batches a step") as caught:
+            layout.check_micro_batches("trainer.global_batch_size", 6 * count, 6 * count, count)
+        assert (caught.value.field, caught.value.value) == ("trainer.global_batch_size", 6 * count)
+        found = re.fullmatch(r"Make it a batch of (\d+), which makes (\d+)", caught.value.remedy)
+        assert found is not None
+        assert int(found[1]) == 6 * int(found[2])
+        assert torch_takes(schedule, pp, int(found[2]))
+    assert bool(refused) == (schedule != "zbv")
+    ParallelConfig().check_micro_batches("trainer.global_batch_size", 1, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------- a parameter's share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_mamba.config import ModelConfig, from_dict
-from megatron_mamba.model import LanguageModel, build, mamba, mamba2, norm
+from megatron_mamba.model import LanguageModel, build, lm, mamba, mamba2, norm
 from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import Init, ParameterSpec, count, initial_values, parameter_table
 from megatron_mamba.parallel.context import ParallelContext
@@ -138,6 +139,21 @@ NORMAL = {
     "attention.out_proj": 0.02 / 18**0.5, "mlp.down_proj": 0.02 / 18**0.5,
 }  # fmt: skip
 CONSTANT = {"norm.weight": 1.0, "norm.bias": 0.0, "mamba.D": 1.0, "mamba2.D": 1.0, "mamba2.norm_weight": 1.0}
+
+
+def test_logarithms_are_taken_in_one_thread(context: ParallelContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's first ones in a process, in two threads at once, can be wrong by 6e-5 (in one process of a thousand or so)."""
+    threads: dict[str, set[str]] = {"drawn": set(), "computed": set()}
+
+    def recorded(row: ParameterSpec, *arguments: Any) -> Tensor:
+        kind = "drawn" if row.init.kind in ("normal", "uniform", "constant") else "computed"
+        threads[kind].add(threading.current_thread().name)
+        return initial_values(row, *arguments)
+
+    monkeypatch.setattr(lm.parameters, "initial_values", recorded)
+    build(tiny("mM*-"), context)
+    assert threads["computed"] == {threading.current_thread().name}
+    assert threads["drawn"].isdisjoint(threads["computed"])
 
 
 def test_initial_distributions(context: ParallelContext) -> None:

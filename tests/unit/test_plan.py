@@ -14,7 +14,8 @@ import torch
 
 from megatron_mamba.config import Config, ParallelConfig, TrainerConfig, from_dict
 from megatron_mamba.model import memory
-from megatron_mamba.model.cost import GPUS, Gpu, Mesh, bandwidth, recomputed_flops
+from megatron_mamba.model.cost import GPUS, Gpu, Mesh, bandwidth
+from megatron_mamba.model.flops import recomputed_flops
 from megatron_mamba.model.layouts import _is_larger
 from megatron_mamba.model.memory import measure
 from megatron_mamba.model.parameters import count
@@ -27,6 +28,7 @@ SMALL = ["model=hybrid_tiny", "model.hidden_size=128", "model.mlp.ffn_size=512",
          "model.attention.n_heads=8", "model.attention.n_kv_heads=4", "model.attention.head_dim=32", "trainer.micro_batch_size=2",
          "model.mamba.d_inner=256", "model.mamba.state_size=8", "model.mamba.dt_rank=16"]  # fmt: skip
 T, D, F, V, Q, K, H = 512, 128, 512, 1024, 256, 128, 8
+SMALL_SCANS = ["model.mamba2.d_inner=128", "model.mamba2.head_dim=16", "model.mamba2.state_size=8"]
 TP2, SP2 = ["parallel.tp=2"], ["parallel.tp=2", "parallel.sequence_parallel=true"]
 
 
@@ -111,12 +113,12 @@ def test_weights_and_their_gradients():
     assert measure(small(), "mlp").left == 2 * T * D
 
 
-@pytest.mark.parametrize(("kind", "batch", "length"), [("mamba2", 2, 2048), ("mamba2", 16, 1024), ("mamba", 2, 1024)])
+@pytest.mark.parametrize(("kind", "batch", "length"), [("mamba2", 1, 16384), ("mamba2", 2, 32768), ("mamba", 2, 1024)])
 def test_scans_grow_linearly_with_the_sequence(kind, batch, length, monkeypatch):
     options = [f"trainer.micro_batch_size={batch}", f"data.seq_length={length}"]
     config = from_dict(Config, compose_tree(["model=hybrid_8b", *options]))
     short = measure(config, kind)
-    monkeypatch.setattr(memory, "SCANS", ())
+    monkeypatch.setattr(memory, "SCANS", {})
     whole = measure(config, kind)
     assert short.kept == whole.kept
     assert (short.gradients, short.left, short.shapes, short.sent) == (whole.gradients, whole.left, whole.shapes, whole.sent)
@@ -132,11 +134,12 @@ def test_attention_on_meta_tensors_makes_no_square_matrix():
 
 def test_fused_attention_makes_keys_gradients_for_every_query_head():
     q, k, v = (torch.empty(2, heads, 256, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2))
+    grad = memory._like(q)
     with Ledger() as ledger:
         out = memory._FusedAttention.apply(q, k, v)
         assert ledger.now == q.nbytes + 4 * 2 * 8 * 256
         kept, ledger.moment = ledger.now, "backward"
-        out.backward(q.detach())
+        out.backward(grad)
     # The fp32 sum of q's gradient and a number a row; k's and v's for each of 8 heads, and summed; q's own.
     assert ledger.peaks["backward"] - kept == 2 * q.nbytes + 4 * 2 * 8 * 256 + 2 * q.nbytes + k.nbytes + v.nbytes + q.nbytes
 
@@ -144,13 +147,13 @@ def test_fused_attention_makes_keys_gradients_for_every_query_head():
 def test_traffic_of_tensor_parallelism():
     half = T * D * 2 // 2  # bytes of [T, D] that a ring of two sends from each rank, once
     reduced = T * (16 + 2 * 8) * 2
-    found = {kind: measure(small(*TP2), kind).sent for kind in ("mlp", "mamba")}
+    found = {kind: measure(small(*TP2), kind).sent["tp"] for kind in ("mlp", "mamba")}
     assert found["mlp"] == {"forward": {"all-reduce": 2 * half}, "backward": {"all-reduce": 2 * half}}
     # S6's second reduction: dt, B and C of every token, and their gradients.
     assert found["mamba"] == {when: {"all-reduce": 2 * half + reduced} for when in ("forward", "backward")}
     both = {"all-gather": half, "reduce-scatter": half}
-    assert measure(small(*SP2), "mlp").sent == {"forward": both, "backward": both}
-    assert measure(small(*SP2, "recompute=selective"), "mlp").sent["backward"] == both | {"all-gather": 2 * half}
+    assert measure(small(*SP2), "mlp").sent == {"tp": {"forward": both, "backward": both}}
+    assert measure(small(*SP2, "recompute=selective"), "mlp").sent["tp"]["backward"] == both | {"all-gather": 2 * half}
     assert measure(small(), "mamba").sent == {}
 
 
@@ -245,7 +248,7 @@ def test_verdict(plan, capsys):
     assert result["fits"] == {name: result["memory"]["peak"] <= gpu.usable for name, gpu in GPUS.items()}
     assert result["fits"]["h200"]
     assert not result["fits"]["a100-40"]
-    assert result["mesh"] == {"dp_replicate": 1, "dp_shard": 8, "tp": 1, "micro_batches": 32}
+    assert result["mesh"] == {"dp_replicate": 1, "dp_shard": 8, "tp": 1, "micro_batches": 32, "cp": 1, "pp": 1}
     assert "seconds" not in result
 
 
@@ -253,7 +256,7 @@ def test_traffic_of_data_parallelism(plan, capsys):
     options = [*SMALL, "model.pattern=----", "parallel.dp_replicate=2", "trainer.global_batch_size=24", "--gpus", "6"]
     weights, apart = 4 * 2 * D * F + 2 * V * D, 5 * D
     found = run(plan, capsys, *options)
-    assert found["mesh"] == {"dp_replicate": 2, "dp_shard": 3, "tp": 1, "micro_batches": 2}
+    assert found["mesh"] == {"dp_replicate": 2, "dp_shard": 3, "tp": 1, "micro_batches": 2, "cp": 1, "pp": 1}
     # 2 micro-batches gather bf16 over 3 ranks, for the backward pass the layers only; fp32 gradients are scattered once, then
     # summed over 2 replicas.
     layers, gather = 4 * 2 * D * F, 2 * 2 / 3 * 2
@@ -278,8 +281,8 @@ def test_search_lists_what_can_be_trained_fastest_first(plan, capsys):
     assert [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
     assert len({row["recompute"] for row in found}) > 1
     for row in found:
-        options = [f"parallel.{name}={row[name]}" for name in ("tp", "dp_shard", "dp_replicate", "sequence_parallel",
-                   "reshard_after_forward")]  # fmt: skip
+        options = [f"parallel.{name}={row[name]}" for name in ("tp", "cp", "pp", "schedule", "dp_shard", "dp_replicate",
+                   "sequence_parallel", "reshard_after_forward")]  # fmt: skip
         options += [f"trainer.micro_batch_size={row['micro_batch_size']}", f"recompute={row['recompute']}"]
         again = run(plan, capsys, *base, *options, "--gpus", "8", "--gpu", "a100-40")
         assert again["fits"] == {"a100-40": True}
@@ -345,7 +348,11 @@ def test_tables_fit_a_terminal_of_80_columns(plan, capsys, monkeypatch, argument
         (["--search", "0"], "--search = 0", "Use 1 or more"),
         (["--search", "4", "--gpus", "4"], "--gpus = 4", "Give one of the two"),
         (["--search", "4", "data.seq_length=0"], "data.seq_length = 0", "Use 1 or more"),
-        (["--search", "4", "parallel.pp=2"], "parallel.pp = 2", "Set parallel.pp=1"),
+        (["parallel.pp=2", "model.tie_embeddings=true"], "model.tie_embeddings = True", "Set model.tie_embeddings=false"),
+        (["parallel.pp=2", "model.pattern='M|M|M'"], "model.pattern = 'M|M|M'", "Write 1 borders"),
+        (["parallel.pp=4", "trainer.global_batch_size=2"], "trainer.global_batch_size = 2", "Make it a batch of 4"),
+        (["parallel.schedule=zbv"], "parallel.schedule = 'zbv'", "Set parallel.schedule=1f1b"),
+        (["parallel.cp=3"], "parallel.cp = 3", "a multiple of 3"),
         (["--search", "7"], "--search = 7", "Use a number of GPUs"),
         (["--efficiency", "2"], "--efficiency = 2.0", "For example 0.4"),
         (["--top", "0", "--search", "2"], "--top = 0", "Use 1 or more"),
