@@ -319,7 +319,7 @@ def test_search_passes_over_what_holds_more_than_what_is_too_large():
     "arguments",
     [
         ["model=mamba_8b", "data.seq_length=128", "--gpu", "h100", "--gpus", "16", "parallel.tp=2"],
-        ["model=transformer_8b", "--search", "4096", "--top", "3", "trainer.global_batch_size=8192"],
+        ["model=transformer_8b", "model.pattern=*-", "--search", "4096", "--top", "3", "trainer.global_batch_size=8192"],
     ],
     ids=("plan", "search"),
 )

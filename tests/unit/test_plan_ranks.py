@@ -171,12 +171,12 @@ def test_weights_stay_between_backward_passes_of_a_pipeline(plan, capsys):
 
 
 def test_search_spreads_long_sequences_and_makes_pipelines(plan, capsys):
-    base = [*SMALL, "model.pattern=--------", "--gpu", "a100-40", "--top", "1000"]
+    base = [*SMALL, "model.pattern=----", "--gpu", "a100-40", "--top", "1000"]
     long = run(plan, capsys, *base, "--search", "4", "data.seq_length=32768", "trainer.global_batch_size=4")
     assert {row["cp"] for row in long} == {1, 2, 4}
     assert {row["pp"] for row in long} == {1}
     nodes = run(plan, capsys, *base, "--search", "16", "trainer.global_batch_size=16")
-    assert {row["pp"] for row in nodes} == {1, 2, 4, 8}
+    assert {row["pp"] for row in nodes} == {1, 2, 4}
     assert {row["schedule"] for row in nodes if row["pp"] > 1} == {"1f1b", "interleaved", "zbv"}
     assert {row["cp"] for row in nodes} == {1}
     # Shorter sequences are spread where one fits no GPU whole. (1021 words are not shared out over tp.)
