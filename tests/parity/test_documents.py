@@ -41,7 +41,7 @@ def lengths(seed: int) -> list[int]:
 
 
 # A row of one-token documents, one with borders at those of the pieces, one document, and random ones.
-ROWS = [[1] * LENGTH, [18] * 4, [17, 2, 17, 1, 35], [LENGTH], *(lengths(seed) for seed in range(8))]
+ROWS = [[1] * LENGTH, [18] * 4, [17, 2, 17, 1, 35], [LENGTH], *(lengths(seed) for seed in range(4))]
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
