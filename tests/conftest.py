@@ -1,6 +1,5 @@
 """Order of the tests: those that fork ranks come before any other, since a fork after autograd ran cannot run it again."""
 
-import itertools
 import os
 
 import pytest
@@ -10,16 +9,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ranks' tests first, in equal shares: pytest-xdist starts every worker on a run of a quarter of its share of the tests."""
-    ranks = [item for item in items if item.get_closest_marker("ranks") is not None]
-    others = iter([item for item in items if item.get_closest_marker("ranks") is None])
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    share = len(items) // (4 * workers)
-    ordered: list[pytest.Item] = []
-    for worker in range(workers):
-        mine = ranks[worker::workers]
-        ordered += [*mine, *itertools.islice(others, max(share - len(mine), 0))]
-    items[:] = [*ordered, *others]
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
