@@ -7,7 +7,7 @@ import pytest
 import torch
 from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements, use_blocks
 
-from mamba_kernels import gelu, squared_relu, swiglu
+from mamba_kernels import backend, gelu, squared_relu, swiglu
 
 
 def gelu_oracle(x):
@@ -61,6 +61,16 @@ def test_low_precision(op, oracle, names, dtype, tolerance, device):
 
 
 @each_op
+@pytest.mark.parametrize("shape", [(1, 9), (3, 100), (2, 3, 1100)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_fused(op, oracle, names, shape, dtype, tolerance, fused_device):
+    inputs = make_inputs(names, *shape, device=fused_device, dtype=dtype)
+    want = outputs_and_gradients(oracle, in_float64(inputs))
+    for strides in (False, True):
+        assert_close(outputs_and_gradients(op, inputs, strides=strides), want, tolerance)
+
+
+@each_op
 def test_large_inputs_are_finite(op, oracle, names, device):
     inputs = make_inputs(names, 4, 10, device=device, dtype=torch.float32)
     inputs[names[0]][:2], inputs[names[0]][2:] = -1e4, 1e4
@@ -80,3 +90,15 @@ def test_rejects():
         squared_relu(x.long())
     with pytest.raises(ValueError, match=r"gelu: approximate is 'erf', wanted 'none' or 'tanh'"):
         gelu(x, approximate="erf")
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    kernels = backend.KERNELS
+    packed = torch.empty(8192, 2 * 21504, dtype=torch.bfloat16, device="meta")
+    gate, up = packed.chunk(2, -1)
+    yield "swiglu", lambda: kernels["swiglu"](gate, up)
+    yield "swiglu_backward", lambda: kernels["swiglu_backward"](gate, up, torch.empty_like(gate))
+    for kind in range(1, 4):
+        yield f"unary {kind}", lambda kind=kind: kernels["unary_activation"](packed, kind)
+        yield f"unary {kind} backward", lambda kind=kind: kernels["unary_activation_backward"](packed, packed, kind)

@@ -1,0 +1,158 @@
+"""Which implementation of an op runs, and the one way in which fused ones are registered with torch, configured and launched.
+
+A fused op is a `torch.library` operator `mamba_kernels::<name>`: torch.compile keeps it whole, meta and fake tensors go through
+it, and its backward pass is made of operators too. This module does not import Triton; only the `fused` modules do.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+FUSED_DTYPES = frozenset([torch.float32, torch.bfloat16, torch.float16])
+"""What the fused kernels compute with; float64 is the reference's."""
+
+META_DEVICE = "cpu"
+"""Which device meta tensors stand for: the planner sets "cuda", and then counts what the fused kernels allocate."""
+
+INTERPRETED = False
+"""Whether CPU tensors go to the fused kernels too. They must then have been imported with TRITON_INTERPRET=1: tests do that."""
+
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What computes each registered operator, by name."""
+
+Meta = dict[str, int]
+"""Compile-time arguments of a kernel: block sizes, num_warps, num_stages."""
+
+
+def use_fused(x: Tensor) -> bool:
+    """Whether an op on `x` runs fused: on a CUDA device, in float32 or narrower."""
+    if x.dtype not in FUSED_DTYPES:
+        return False
+    return x.is_cuda or (x.is_cpu and INTERPRETED) or (x.is_meta and META_DEVICE == "cuda")
+
+
+@contextmanager
+def meta_stands_for(device: str) -> Iterator[None]:
+    """Let ops on meta tensors run as they do on a `device` of type "cpu" or "cuda"."""
+    global META_DEVICE
+    before, META_DEVICE = META_DEVICE, device
+    try:
+        yield
+    finally:
+        META_DEVICE = before
+
+
+def register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register `mamba_kernels::name` with its kernel, its shapes (`fake`) and its gradient; returns it, ready to call."""
+    qualified = f"mamba_kernels::{name}"
+    torch.library.define(qualified, schema, tags=[torch.Tag.pt2_compliant_tag])
+    torch.library.impl(qualified, ("cuda", "cpu"), _on_its_device(run))
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    KERNELS[name] = run
+    operator: Callable[..., Any] = getattr(torch.ops.mamba_kernels, name).default
+    return operator
+
+
+def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the first argument, which need not be the current one."""
+
+    def guarded(first: Tensor, *arguments: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return run(first, *arguments)
+        return run(first, *arguments)
+
+    return guarded
+
+
+recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None = None
+"""Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """Launch a Triton kernel on a grid of programs; nothing for an empty one."""
+    if 0 in grid:
+        return
+    if recorder is not None:
+        recorder(kernel, grid, arguments, meta)
+    else:
+        kernel[grid](*arguments, **meta)
+
+
+class Tunable:
+    """The launch configurations of one kernel.
+
+    `candidates(*key)` lists what may be used for a problem of that key, the default first: it fits every supported
+    architecture. Where a measured one is shipped (tuned.json, written by tools/bench_kernels.py --tune) it is used instead,
+    except in torch's deterministic mode, which always has the default: results there depend on no table. Nothing is ever
+    measured while a model runs, so the first step waits for nothing but compilation.
+    """
+
+    ALL: ClassVar[dict[str, "Tunable"]] = {}
+
+    def __init__(self, name: str, candidates: Callable[..., list[Meta]]) -> None:
+        self.name, self.candidates = name, candidates
+        self.used: dict[tuple[Any, ...], Meta] = {}
+        self._forced: Meta | None = None
+        Tunable.ALL[name] = self
+
+    def __call__(self, *key: Any) -> Meta:
+        """The configuration for a key: numbers and dtypes that a problem's speed depends on."""
+        if self._forced is not None:
+            return self._forced
+        if torch.are_deterministic_algorithms_enabled():
+            return self.candidates(*key)[0]
+        found = self.used.get(key)
+        if found is None:
+            found = self.used[key] = self.shipped(architecture()).get(key_name(key)) or self.candidates(*key)[0]
+        return found
+
+    def shipped(self, architecture: str) -> dict[str, Meta]:
+        """The measured configurations for an architecture, by key."""
+        configurations: dict[str, Meta] = _tuned().get(architecture, {}).get(self.name, {})
+        return configurations
+
+    @contextmanager
+    def forced(self, meta: Meta) -> Iterator[None]:
+        """Use one configuration for every key."""
+        self._forced = meta
+        try:
+            yield
+        finally:
+            self._forced = None
+
+
+def key_name(key: tuple[Any, ...]) -> str:
+    """A key as it stands in tuned.json: "bfloat16 64 128"."""
+    return " ".join(str(part).removeprefix("torch.") for part in key)
+
+
+@cache
+def architecture() -> str:
+    """The current device as "sm_90"; "" where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _tuned() -> dict[str, dict[str, dict[str, Meta]]]:
+    tables: dict[str, dict[str, dict[str, Meta]]] = json.loads((Path(__file__).parent / "tuned.json").read_text())
+    return tables
