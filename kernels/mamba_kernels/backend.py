@@ -85,14 +85,33 @@ recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None =
 """Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """Launch a Triton kernel on a grid of programs; nothing for an empty one."""
+    """Launch a Triton kernel on a grid of programs, its compile-time arguments by name and last; nothing for an empty grid.
+
+    Triton looks at every argument of every launch to find what it compiled, which for kernels of this size takes longer than the
+    rest of a launch. Here one look-up does: a kernel is compiled for the numbers it is called with, for the dtypes of tensors and
+    for whether their addresses are multiples of 16.
+    """
     if 0 in grid:
         return
     if recorder is not None:
         recorder(kernel, grid, arguments, meta)
-    else:
-        kernel[grid](*arguments, **meta)
+        return
+    key = (
+        kernel, arguments[0].get_device(), *meta.values(),
+        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*arguments, **meta)
+        if compiled is not None:  # The interpreter compiles nothing.
+            _compiled[key] = compiled
+        return
+    constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
+    compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
 
 
 class Tunable:

@@ -7,7 +7,7 @@ and compiled instead: with the configurations shipped for that architecture, and
 kernel and specialisation: name, shared memory and registers; ends with status 1 if one does not fit or spills.
 """
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -93,7 +93,8 @@ def main(architecture: str, modules: list[str]) -> int:
 
     backend.recorder = record
     for module in modules:
-        importlib.import_module(f"mamba_kernels.{module.removeprefix('test_kernel_')}.fused")
+        op = f"mamba_kernels.{module.removeprefix('test_kernel_')}"
+        importlib.import_module(f"{op}.operators" if importlib.util.find_spec(f"{op}.operators") else f"{op}.fused")
         for current_case, run in importlib.import_module(module).compile_cases():  # noqa: B007 - `record` reads it
             for _ in configurations(run, architecture):
                 pass

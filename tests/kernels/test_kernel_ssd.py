@@ -23,7 +23,7 @@ from op_testing import (
     starts_in_pieces,
 )
 
-from mamba_kernels import ssd
+from mamba_kernels import backend, ssd
 
 BATCH, HEADS, HEAD_DIM, STATE = 3, 4, 5, 6
 CHUNK_SIZES = [1, 7, 16, 64, 300, None]
@@ -267,3 +267,17 @@ def test_rejects(change, message):
     ssd(**arguments)
     with pytest.raises(ValueError, match=message):
         ssd(**arguments | change)
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    kernels, draw = backend.KERNELS, partial(torch.empty, device="meta")
+    packed = draw(2, 4096, 18_560, dtype=torch.bfloat16)
+    _, x, B, C, dt = packed.split([8192, 8192, 1024, 1024, 128], -1)
+    x, B, C = x.unflatten(-1, (128, 64)), B.unflatten(-1, (8, 128)), C.unflatten(-1, (8, 128))
+    A, D, bias, starts = draw(128), draw(128), draw(128), draw(2, 4096, dtype=torch.bool)
+    yield "ssd", lambda: kernels["ssd"](x, dt, A, B, C, D, bias, None, None, True)
+    step, lo, states = draw(2, 128, 4096), draw(0), draw(2, 32, 128, 64, 128, dtype=torch.bfloat16)
+    gradients = partial(kernels["ssd_backward"], x, None, x, dt, A, B, C, D, bias, None)
+    yield "ssd_backward", lambda: gradients(None, step, step, lo, states, True)
+    yield "ssd_backward, documents", lambda: gradients(starts, step, step, lo, states, True)

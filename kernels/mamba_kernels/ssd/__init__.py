@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import (
     SequenceRanks,
     Sizes,
@@ -63,6 +64,11 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, wanted a positive number of tokens or None")
     ranks = spread_ranks("ssd", ranks, initial_state)
+    if use_fused(x) and x.numel() > 0:
+        from mamba_kernels.ssd import operators
+
+        y, final_state = operators.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, document_start, ranks)
+        return (y, final_state) if return_final_state else y
     dt = positive_dt(dt, dt_bias, dt_softplus, accumulate_dtype(x.dtype))
     y, final_state = reference.ssd(x, dt, A, B, C, D, initial_state, document_start, chunk_size, ranks)
     return (y, final_state) if return_final_state else y

@@ -1,0 +1,497 @@
+"""SSD as Triton kernels (Mamba-2, arXiv 2405.21060, section 6): chunks in parallel, states between them in one light sweep.
+
+With the letters of `reference`: X_j = dt_j x_j, a_j = dt_j A, cs_i = a_1 + ... + a_i inside a chunk of Q tokens, and for one head
+    y_i = sum_{j<=i} exp(cs_i - cs_j) (C_i . B_j) X_j + exp(cs_i) C_i h + D x_i
+    h'  = exp(cs_Q) h + sum_j exp(cs_Q - cs_j) X_j B_j^T
+Forward:  1. dt and cs, head by head [B, H, S];  2. states: a program carries a tile of one head's state over the chunks in float32
+and writes it before each, in the dtype of the matrix products;  3. output: a program takes half a chunk and all heads of a group,
+which share C_i . B_j.
+Backward: 2. the same sweep in reverse, for the gradient of the state after each chunk;  4. that of C_i . B_j, summed over heads;
+5. those of C and B;  6. that of x;  7. that of dt, with the sums for A, D and dt_bias. No [Q, Q] of a head leaves a program. All
+sums
+have a fixed order: gradients are the same every run.
+
+The tokens of the second half of a chunk see those of the first through C_i . B_j too, but with a decay that is the product of those
+to and from the border between them, each at most 1: no exponential and no product a pair of tokens, only scaled rows of x. That
+leaves the two blocks on the diagonal, half of a square of Q x Q.
+
+A long sequence of few heads is swept in segments: each from a zero state, then from what the ones before leave. That is also how
+ranks share a sequence. Decays are kept as base-2 logarithms; for float32 inputs as the sum of two numbers, since the decay of a
+short stretch is a small difference of sums that may be large. `g_` before a name is the gradient of the loss with respect to it.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST_EXPONENT = tl.constexpr(126.0)  # Keeps what a mask sets to zero finite.
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)), to the last bits of float32 for small exp(v) too."""
+    small = tl.exp(-tl.abs(v))
+    # log(1 + e) loses the low bits of e below 1; its series does not.
+    series = small * (1.0 - small * (0.5 - small * (0.3333333333333333 - 0.25 * small)))
+    return tl.maximum(v, 0.0) + tl.where(small < 0.01, series, tl.log(1.0 + small))
+
+
+@triton.jit
+def decays_kernel(
+    dt_ptr, bias_ptr, A_ptr, step_ptr, cs_ptr, lo_ptr, S, H, chunks, s_dt_b, s_dt_s,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """step = softplus(dt + dt_bias) and cs = cumulative sum of step A log2(e) in a chunk, from [B, S, H] to [B, H, S]."""
+    b, c = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+    h, t = tl.program_id(1) * BH + tl.arange(0, BH), c * Q + tl.arange(0, Q)
+    mask = (t[:, None] < S) & (h[None, :] < H)
+    step = tl.load(dt_ptr + b * s_dt_b + t[:, None] * s_dt_s + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        step += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        step = _softplus(step)
+    step = tl.trans(tl.where(mask, step, 0.0))
+    A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float64) * LOG2_E
+    cs = tl.cumsum(step.to(tl.float64) * A[:, None], axis=1)
+    at = (b * H + h[:, None]) * S + t[None, :]
+    mask = (t[None, :] < S) & (h[:, None] < H)
+    high = cs.to(tl.float32)
+    tl.store(step_ptr + at, step, mask=mask)
+    tl.store(cs_ptr + at, high, mask=mask)
+    if PRECISE:
+        tl.store(lo_ptr + at, (cs - high.to(tl.float64)).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _between(cs_i, lo_i, cs_j, lo_j, PRECISE: tl.constexpr):
+    """exp(cs_i - cs_j), finite where i < j too."""
+    exponent = cs_i - cs_j
+    if PRECISE:
+        exponent += lo_i - lo_j
+    return tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT))
+
+
+@triton.jit
+def _load_cs(cs_ptr, lo_ptr, t, mask, PRECISE: tl.constexpr):
+    cs = tl.load(cs_ptr + t, mask=mask, other=0.0)
+    lo = cs
+    if PRECISE:
+        lo = tl.load(lo_ptr + t, mask=mask, other=0.0)
+    return cs, lo
+
+
+@triton.jit
+def _rows(ptr, r, begin, stride, mask, columns, limit, EVEN: tl.constexpr, OPERAND: tl.constexpr):
+    """The tokens begin + r of a matrix with unit column stride; zero where masked, unless all tiles are whole (EVEN)."""
+    at = ptr + begin * stride + (r[:, None] * stride + columns[None, :])
+    if EVEN:
+        return tl.load(at).to(OPERAND)
+    return tl.load(at, mask=mask[:, None] & (columns[None, :] < limit), other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _state(ptr, p, n, P, N, EVEN: tl.constexpr):
+    at = ptr + (p[:, None] * N + n[None, :])
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, r, stride, mask, columns, limit, value, EVEN: tl.constexpr):
+    at, value = ptr + (r[:, None] * stride + columns[None, :]), value.to(ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=mask[:, None] & (columns[None, :] < limit))
+
+
+@triton.jit
+def states_kernel(
+    v_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
+    S, H, K, P, N, chunks, segment, s_v_b, s_v_s, s_v_h, s_w_b, s_w_s, s_w_g, s_cs_b, s_doc_b,
+    REVERSE: tl.constexpr, HAS_FROM: tl.constexpr, WRITE: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr,
+    EVEN: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sweep a [BP, BN] tile of one head's state over the chunks of a segment: h' = E_Q h + sum_j F_j X_j B_j^T (v = x, w = B), or
+    its transpose from the end, g = E_Q g' + sum_i E_i g_y_i C_i^T (v = g_y, w = C). Writes the state that each chunk begins with
+    (WRITE), or whose gradient is that of the state after it; and the last one, with the decay over the segment."""
+    OPERAND: tl.constexpr = v_ptr.dtype.element_ty
+    tile, b, h, part = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(2)
+    tiles_n, parts = tl.cdiv(N, BN), tl.num_programs(2)
+    p, n, q = (tile // tiles_n) * BP + tl.arange(0, BP), (tile % tiles_n) * BN + tl.arange(0, BN), tl.arange(0, STEP)
+    in_state = (p[:, None] < P) & (n[None, :] < N)
+    at_state = p[:, None] * N + n[None, :]
+    v_ptr += b * s_v_b + h.to(tl.int64) * s_v_h
+    w_ptr += b * s_w_b + (h // K).to(tl.int64) * s_w_g
+    head = b * s_cs_b + h.to(tl.int64) * S
+    ends_at = ((b * parts + part) * H + h) * P * N
+    state = tl.zeros((BP, BN), dtype=tl.float32)
+    if HAS_FROM:
+        state = tl.load(from_ptr + ends_at + at_state, mask=in_state, other=0.0).to(tl.float32)
+    total = 1.0
+    first = part * segment
+    last = tl.minimum(first + segment, chunks)
+    for i in range(last - first):
+        c = (first + i).to(tl.int64)
+        if REVERSE:
+            c = (last - 1 - i).to(tl.int64)
+        end = tl.minimum(c * Q + Q, S) - 1
+        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+        decay = _between(cs_end, lo_end, 0.0, 0.0, PRECISE)
+        document_before, document_end = 0, 0
+        if HAS_DOCS:
+            document_end = tl.load(doc_ptr + b * s_doc_b + end)
+            document_before = tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
+            decay = tl.where(document_end == document_before, decay, 0.0)
+        at_chunk = ((b * chunks + c) * H + h) * P * N
+        if WRITE:
+            tl.store(states_ptr + at_chunk + at_state, state.to(OPERAND), mask=in_state)
+            if REVERSE:
+                before = tl.load(before_ptr + at_chunk + at_state, mask=in_state, other=0.0).to(tl.float32)
+                log_decay = decay * tl.sum(tl.sum(state * before, axis=1), axis=0)
+                tl.store(log_decay_ptr + ((tile * (tl.num_programs(1) // H) + b) * H + h) * chunks + c, log_decay)
+        state *= decay
+        total *= decay
+        for i_step in tl.static_range(Q // STEP):
+            begin = c * Q + i_step * STEP
+            t = begin + q
+            cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+            inside = t < S
+            if HAS_DOCS:
+                document = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-1)
+                inside = inside & (document == (document_before if REVERSE else document_end))
+            if REVERSE:
+                scale = _between(cs, lo, 0.0, 0.0, PRECISE)
+            else:
+                scale = _between(cs_end, lo_end, cs, lo, PRECISE) * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+            scale = tl.where(inside, scale, 0.0)
+            v = _rows(v_ptr, q, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
+            w = _rows(w_ptr, q, begin, s_w_s, t < S, n, N, EVEN, OPERAND)
+            state = tl.dot(tl.trans((v * scale[:, None]).to(OPERAND)), w, state, input_precision="ieee")
+    tl.store(end_ptr + ends_at + at_state, state, mask=in_state)
+    if tile == 0:
+        tl.store(decay_ptr + (b * parts + part) * H + h, total)
+
+
+@triton.jit
+def carry_kernel(
+    from_ptr, end_ptr, decay_ptr, start_ptr, final_ptr, H, PN, parts,
+    REVERSE: tl.constexpr, HAS_FROM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state that each segment begins with, from what each gives from a zero state, and the one after all."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    state = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_FROM:
+        state = tl.load(from_ptr + (b * H + h) * PN + e, mask=e < PN, other=0.0).to(tl.float32)
+    for i in range(parts):
+        part = i
+        if REVERSE:
+            part = parts - 1 - i
+        at = (b * parts + part) * H + h
+        tl.store(start_ptr + at * PN + e, state, mask=e < PN)
+        state = state * tl.load(decay_ptr + at) + tl.load(end_ptr + at * PN + e, mask=e < PN, other=0.0)
+    tl.store(final_ptr + (b * H + h) * PN + e, state, mask=e < PN)
+
+
+@triton.jit
+def output_kernel(
+    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
+    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h, s_cs_b,
+    s_doc_b,
+    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """y of half a chunk, for some heads of a group."""
+    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    R: tl.constexpr = Q // 2
+    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
+    t = begin + r
+    before = (t < S) & (t >= c * Q + R)  # Whether token t - R is one of the first half, of which this is the second.
+    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    B_before = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, c * Q, s_B_s, before, n, N, EVEN, OPERAND)
+    CB = tl.where(r[:, None] >= r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
+    CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
+    from_state = t < S
+    if HAS_DOCS:
+        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
+        doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=before, other=-1)
+        CB = tl.where(doc[:, None] == doc[None, :], CB, 0.0)
+        CB_before = tl.where(doc[:, None] == doc_before[None, :], CB_before, 0.0)
+        from_state = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
+    CB_before = CB_before.to(OPERAND)
+    for k in range(heads):
+        h = g * K + tl.program_id(2) * heads + k
+        head = b * s_cs_b + h.to(tl.int64) * S
+        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, before, PRECISE)
+        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, begin - 1, begin > c * Q, PRECISE)
+        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+        step_before = tl.load(step_ptr + head + t - R, mask=before, other=0.0)
+        M = (CB * (_between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :])).to(OPERAND)
+        decay = _between(cs, lo, cs_border, lo_border, PRECISE)
+        decay_state = tl.where(from_state, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
+        weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before  # 0 without a half before
+        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
+        y_head = y_ptr + b * s_y_b + h.to(tl.int64) * s_y_h + begin * s_y_s
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
+            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
+            x_before = _rows(x_head, r, c * Q, s_x_s, before, p, P, EVEN, OPERAND).to(tl.float32)
+            y = tl.dot(C, tl.trans(state), input_precision="ieee") * decay_state[:, None]
+            y = tl.dot(CB_before, (x_before * weight_before[:, None]).to(OPERAND), y, input_precision="ieee")
+            y = tl.dot(M, x, y * decay[:, None], input_precision="ieee")
+            if HAS_D:
+                y += x.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+            _store_rows(y_head, r, s_y_s, t < S, p, P, y, EVEN)
+
+
+@triton.jit
+def pair_gradient_kernel(
+    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_CB_ptr, g_row_ptr, g_column_ptr, g_after_ptr,
+    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
+    s_cs_b, s_doc_b,
+    HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """For the rows i of half a chunk and some heads of a group: the sum over heads of the gradients of C_i . B_j, for j in this
+    half and
+    in the one before; and for each head those of the logarithms of the decays: inside the half, by row and by column; from the
+    half's
+    start to row i (added to the former); from token j of the half before to that half's end."""
+    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    R: tl.constexpr = Q // 2
+    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
+    b, g, split = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)
+    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
+    t = begin + r
+    before = (t < S) & (t >= c * Q + R)
+    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    B_before = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, c * Q, s_B_s, before, n, N, EVEN, OPERAND)
+    # L_ii = 1 has no gradient: without the diagonal, row sums and column sums cancel only what they share.
+    CB = tl.where(r[:, None] > r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
+    CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
+    visible, visible_before = (r[:, None] >= r[None, :]) & (t[:, None] < S), before[:, None] & (r[None, :] >= 0)
+    if HAS_DOCS:
+        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
+        doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=before, other=-1)
+        visible = visible & (doc[:, None] == doc[None, :])
+        visible_before = visible_before & (doc[:, None] == doc_before[None, :])
+        CB_before = tl.where(visible_before, CB_before, 0.0)
+    g_CB, g_CB_before = tl.zeros((R, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
+    for k in range(heads):
+        h = g * K + split * heads + k
+        head = b * s_cs_b + h.to(tl.int64) * S
+        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, before, PRECISE)
+        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, begin - 1, begin > c * Q, PRECISE)
+        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+        step_before = tl.load(step_ptr + head + t - R, mask=before, other=0.0)
+        decay = _between(cs, lo, cs_border, lo_border, PRECISE)
+        weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before  # 0 without a half before
+        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
+        g_y_head = g_y_ptr + b * s_gy_b + h.to(tl.int64) * s_gy_h
+        g_M, g_M_before = tl.zeros((R, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
+            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
+            x_before = _rows(x_head, r, c * Q, s_x_s, before, p, P, EVEN, OPERAND)
+            g_M = tl.dot(g_y, tl.trans(x), g_M, input_precision="ieee")
+            g_M_before = tl.dot(g_y, tl.trans(x_before), g_M_before, input_precision="ieee")
+        g_M_before *= decay[:, None] * weight_before[None, :]
+        g_CB_before += g_M_before
+        g_M_before *= CB_before
+        g_M *= _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]
+        g_M = tl.where(visible, g_M, 0.0)
+        g_CB += g_M
+        g_M *= CB
+        at = (b * H + h) * S + t
+        tl.store(g_row_ptr + at, tl.sum(g_M_before, axis=1) + tl.sum(g_M, axis=1), mask=t < S)
+        tl.store(g_column_ptr + at, tl.sum(g_M, axis=0), mask=t < S)
+        tl.store(g_after_ptr + at - R, tl.sum(g_M_before, axis=0), mask=(t - R < S) & (t >= c * Q + R))
+    if HAS_DOCS:
+        g_CB_before = tl.where(visible_before, g_CB_before, 0.0)
+    at_rows = g_CB_ptr + (((b * chunks + c) * G + g) * tl.num_programs(2) + split) * Q * Q + half * R * Q
+    tl.store(at_rows + half * R + (r[:, None] * Q + r[None, :]), g_CB.to(OPERAND))
+    if half > 0:
+        tl.store(at_rows + (r[:, None] * Q + r[None, :]), g_CB_before.to(OPERAND))
+
+
+@triton.jit
+def group_gradient_kernel(
+    v_ptr, B_ptr, C_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, g_CB_ptr, g_ptr, g_start_ptr,
+    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_g_k, s_g_b, s_g_s, s_g_g,
+    s_cs_b, s_doc_b, OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, ROWS: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of C (v = g_y, states: those before each chunk) or of B (v = x, states: the gradients of those after) for some
+    rows of a
+    chunk and some heads of a group; with the former that of the logarithm of E_i, for each head."""
+    OPERAND: tl.constexpr = v_ptr.dtype.element_ty
+    R: tl.constexpr = Q // 2
+    blocks: tl.constexpr = Q // ROWS
+    c, first = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * ROWS
+    b, g, split = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)
+    r, q, n = tl.arange(0, ROWS), tl.arange(0, Q), tl.arange(0, PADDED_N)
+    begin, end = c * Q + first, tl.minimum(c * Q + Q, S) - 1
+    t = begin + r
+    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    inside = t < S
+    if HAS_DOCS:
+        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
+        if OF_B:
+            inside = doc == tl.load(doc_ptr + b * s_doc_b + end)
+        else:
+            inside = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
+    gradient = tl.zeros((ROWS, PADDED_N), dtype=tl.float32)
+    for k in range(heads):
+        h = g * K + split * heads + k
+        head = b * s_cs_b + h.to(tl.int64) * S
+        weight, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        if OF_B:
+            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+            weight = _between(cs_end, lo_end, weight, lo, PRECISE) * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+        else:
+            weight = _between(weight, lo, 0.0, 0.0, PRECISE)
+        weight = tl.where(inside, weight, 0.0)
+        g_start = tl.zeros((ROWS,), dtype=tl.float32)
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
+            v = _rows(v_ptr + b * s_v_b + h.to(tl.int64) * s_v_h, r, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
+            if not OF_B:
+                g_start += tl.sum(tl.dot(C, tl.trans(state), input_precision="ieee") * v, axis=1)
+            gradient = tl.dot((v * weight[:, None]).to(OPERAND), state, gradient, input_precision="ieee")
+        if not OF_B:
+            tl.store(g_start_ptr + (b * H + h) * S + t, g_start * weight, mask=t < S)
+    # Of C_i . B_j only the blocks of R x R on and below the diagonal were written.
+    tile = g_CB_ptr + (((b * chunks + c) * G + g) * tl.num_programs(2) + split) * Q * Q
+    row, column = (first + r)[:, None], q[None, :]
+    if OF_B:
+        g_CB = tl.load(tile + (column * Q + row), mask=column // R >= row // R, other=0.0)
+        other = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, q, c * Q, s_C_s, c * Q + q < S, n, N, EVEN, OPERAND)
+    else:
+        g_CB = tl.load(tile + (row * Q + column), mask=column // R <= row // R, other=0.0)
+        other = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, q, c * Q, s_B_s, c * Q + q < S, n, N, EVEN, OPERAND)
+    gradient = tl.dot(g_CB, other, gradient, input_precision="ieee")
+    g_ptr += split.to(tl.int64) * s_g_k + b * s_g_b + begin * s_g_s + g.to(tl.int64) * s_g_g
+    _store_rows(g_ptr, r, s_g_s, t < S, n, N, gradient, EVEN)
+
+
+@triton.jit
+def x_gradient_kernel(
+    x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr, g_D_ptr,
+    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
+    s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b,
+    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """For the tokens j of half a chunk and some heads of a group: the gradient of x_j, and for each head those of dt_j through
+    X_j, of
+    the logarithm of the decay F_j to the chunk's end, and of D."""
+    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    R: tl.constexpr = Q // 2
+    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
+    t, end, border = begin + r, tl.minimum(c * Q + Q, S) - 1, tl.minimum(begin + R, S) - 1
+    after = (t + R < S) & (t < c * Q + R)  # Whether token t + R is one of the second half, of which this is the first.
+    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    C_after = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, c * Q + R, s_C_s, after, n, N, EVEN, OPERAND)
+    BC = tl.where(r[None, :] >= r[:, None], tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
+    BC_after = tl.dot(B, tl.trans(C_after), input_precision="ieee")
+    to_end = t < S
+    if HAS_DOCS:
+        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
+        doc_after = tl.load(doc_ptr + b * s_doc_b + t + R, mask=after, other=-1)
+        BC = tl.where(doc[:, None] == doc[None, :], BC, 0.0)
+        BC_after = tl.where(doc[:, None] == doc_after[None, :], BC_after, 0.0)
+        to_end = doc == tl.load(doc_ptr + b * s_doc_b + end)
+    BC_after = BC_after.to(OPERAND)
+    for k in range(heads):
+        h = g * K + tl.program_id(2) * heads + k
+        head = b * s_cs_b + h.to(tl.int64) * S
+        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs_after, lo_after = _load_cs(cs_ptr + head, lo_ptr + head, t + R, after, PRECISE)
+        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= begin, PRECISE)
+        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+        M = (BC * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
+        decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
+        decay_end = tl.where(to_end, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
+        weight_after = tl.where(after, _between(cs_after, lo_after, cs_border, lo_border, PRECISE), 0.0)
+        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
+        g_y_head = g_y_ptr + b * s_gy_b + h.to(tl.int64) * s_gy_h
+        g_x_head = g_x_ptr + b * s_gx_b + h.to(tl.int64) * s_gx_h + begin * s_gx_s
+        g_step, g_end = tl.zeros((R,), dtype=tl.float32), tl.zeros((R,), dtype=tl.float32)
+        g_D = tl.zeros((R,), dtype=tl.float32)
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            g_state = _state(g_states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
+            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
+            g_y_after = _rows(g_y_head, r, c * Q + R, s_gy_s, after, p, P, EVEN, OPERAND).to(tl.float32)
+            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
+            g_X = tl.dot(B, tl.trans(g_state), input_precision="ieee") * decay_end[:, None]
+            g_end += tl.sum(x * g_X, axis=1)
+            g_X = tl.dot(BC_after, (g_y_after * weight_after[:, None]).to(OPERAND), g_X, input_precision="ieee") * decay[:, None]
+            g_X = tl.dot(M, g_y, g_X, input_precision="ieee")
+            g_step += tl.sum(x * g_X, axis=1)
+            g_X *= step[:, None]
+            if HAS_D:
+                g_y = g_y.to(tl.float32)
+                g_X += g_y * tl.load(D_ptr + h).to(tl.float32)
+                g_D += tl.sum(g_y * x, axis=1)
+            _store_rows(g_x_head, r, s_gx_s, t < S, p, P, g_X, EVEN)
+        at = (b * H + h) * S + t
+        tl.store(g_step_ptr + at, g_step, mask=t < S)
+        tl.store(g_end_ptr + at, g_end * decay * step, mask=t < S)
+        if HAS_D:
+            tl.store(g_D_ptr + at, g_D, mask=t < S)
+
+
+@triton.jit
+def dt_gradient_kernel(
+    dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_row_ptr, g_column_ptr, g_end_ptr, g_after_ptr, g_step_ptr, g_D_ptr,
+    log_decay_ptr,
+    g_dt_ptr, sums_ptr, S, H, chunks, tiles, s_tile, s_dt_b, s_dt_s, s_gdt_b, s_gdt_s, s_cs_b, s_sums,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of dt: a_k is in L_ij for j < k <= i, in E_i for k <= i, in F_j for j < k, and in the chunk's decay. The chunk's
+    sums for the gradients of A, dt_bias and D go to sums [3, B * chunks, H]."""
+    R: tl.constexpr = Q // 2
+    b, c = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+    h, q = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, Q)
+    t = c * Q + q
+    mask = (h[:, None] < H) & (t[None, :] < S)
+    at = (b * H + h[:, None]) * S + t[None, :]
+    g_a = tl.cumsum(tl.load(g_start_ptr + at, mask=mask, other=0.0), axis=1, reverse=True)
+    g_a += tl.cumsum(tl.load(g_end_ptr + at - 1, mask=mask & (q[None, :] > 0), other=0.0), axis=1)
+    inside = tl.load(g_row_ptr + at, mask=mask, other=0.0) - tl.load(g_column_ptr + at, mask=mask, other=0.0)
+    to_after = tl.load(g_after_ptr + at - 1, mask=mask & (q[None, :] > 0) & (q[None, :] < R), other=0.0)
+    halves = tl.cumsum(tl.reshape(inside, (BH, 2, R)), axis=2, reverse=True) + tl.cumsum(tl.reshape(to_after, (BH, 2, R)), axis=2)
+    g_a += tl.reshape(halves, (BH, Q))
+    for tile in range(tiles):
+        g_a += tl.load(log_decay_ptr + tile * s_tile + (b * H + h) * chunks + c, mask=h < H, other=0.0)[:, None]
+    step = tl.load(step_ptr + b * s_cs_b + h[:, None] * S.to(tl.int64) + t[None, :], mask=mask, other=0.0)
+    A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    g_dt = g_a * A[:, None] + tl.load(g_step_ptr + at, mask=mask, other=0.0)
+    if SOFTPLUS:
+        raw = tl.load(dt_ptr + b * s_dt_b + t[None, :] * s_dt_s + h[:, None], mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
+        g_dt *= tl.sigmoid(raw)
+    g_dt = tl.where(mask, g_dt, 0.0)
+    tl.store(g_dt_ptr + b * s_gdt_b + t[None, :] * s_gdt_s + h[:, None], g_dt.to(g_dt_ptr.dtype.element_ty), mask=mask)
+    at_sums = tl.program_id(0).to(tl.int64) * H + h
+    tl.store(sums_ptr + at_sums, tl.sum(tl.where(mask, g_a * step, 0.0), axis=1), mask=h < H)
+    tl.store(sums_ptr + s_sums + at_sums, tl.sum(g_dt, axis=1), mask=h < H)
+    if HAS_D:
+        tl.store(sums_ptr + 2 * s_sums + at_sums, tl.sum(tl.load(g_D_ptr + at, mask=mask, other=0.0), axis=1), mask=h < H)

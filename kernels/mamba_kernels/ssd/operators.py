@@ -1,0 +1,422 @@
+"""SSD on the kernels of `fused`: which runs on what, the operators `mamba_kernels::ssd` and `ssd_backward`, and ranks.
+
+The backward pass keeps of the forward's work the step sizes, their sums and the state before each chunk, in the dtype of x: as
+much memory as x for Q = N, and a fifth of the whole time less than to compute them again.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba_kernels.backend import Meta, Tunable, launch, register
+from mamba_kernels.common import SequenceRanks, start_gradient_after, start_state_before
+from mamba_kernels.ssd import fused
+
+PROGRAMS = 264  # Wanted at least: two for each multiprocessor of the largest GPUs.
+ALL = slice(None)
+
+
+def chunk_length(dtype: torch.dtype) -> int:
+    """Q: tokens of a chunk. Twice as many halve the states in memory, and need more of each program's registers."""
+    return 32 if dtype == torch.float32 else 128
+
+
+def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+    length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
+    tiles = [(length, block_p, block_n, 8, 2), (length, block_p, block_n, 8, 3)]
+    tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (2, 3)]
+    tiles += [(length // 2, block_p, max(block_n // 2, 16), 4, stages) for stages in (2, 3)]
+    return [{"STEP": step, "BP": p, "BN": n, "num_warps": warps, "num_stages": stages} for step, p, n, warps, stages in tiles]
+
+
+def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+    block_p = min(head_dim, 64)
+    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (8, 4) for stages in (2, 3, 1)]
+
+
+def _token_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+    block_p = min(head_dim, 64)
+    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (1, 2, 3)]
+
+
+def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+    length, block_p = chunk_length(dtype), min(head_dim, 64)
+    shapes = ((length // 2, 4), (length, 8), (length, 4))
+    return [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
+
+
+STATES = Tunable("ssd_states", _state_candidates)
+STATE_GRADIENTS = Tunable("ssd_state_gradients", _state_candidates)
+OUTPUT = Tunable("ssd_output", _token_candidates)
+PAIR_GRADIENT = Tunable("ssd_pair_gradient", _pair_candidates)
+C_GRADIENT = Tunable("ssd_c_gradient", _group_candidates)
+B_GRADIENT = Tunable("ssd_b_gradient", _group_candidates)
+X_GRADIENT = Tunable("ssd_x_gradient", _token_candidates)
+
+
+class Scan:
+    """A problem as the kernels take it, and what follows from its sizes."""
+
+    def __init__(
+        self, x: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, kept: tuple[Tensor, Tensor, Tensor],
+        document: Tensor | None,
+    ) -> None:  # fmt: skip
+        """x [B, S, H, P]; B, C [B, S, G, N]; A, D [H]; document [B, S] int32, how many documents have started up to each token.
+
+        `kept` are float32 [B, H, S]: dt as the recurrence uses it; sums of dt A log2(e) from the chunk's start; and what rounding
+        the latter lost, which is empty but for float32 inputs.
+        """
+        self.x, self.B, self.C = unit(x), unit(B), unit(C)
+        self.A, self.D, self.kept, self.document = A, D, kept, document
+        self.batch, self.length, self.heads, self.head_dim = x.shape
+        self.groups, self.state_size = B.shape[2:]
+        self.per_group, self.chunk = self.heads // self.groups, chunk_length(x.dtype)
+        self.chunks = -(-self.length // self.chunk)
+        padded_p, padded_n = padded(self.head_dim), padded(self.state_size)
+        self.key = (x.dtype, padded_p, padded_n)
+        # Enough programs to fill a GPU, by sharing out the heads of a group; what they add up is then summed.
+        self.splits = 1
+        while self.chunks * 2 * self.batch * self.groups * self.splits < PROGRAMS and self.per_group % (2 * self.splits) == 0:
+            self.splits *= 2
+        self.sizes = (
+            self.length, self.heads, self.groups, self.per_group, self.head_dim, self.state_size, self.chunks,
+            self.per_group // self.splits,
+        )  # fmt: skip
+        self.decays = (*kept, document)
+        self.matrices = (*self.B.stride()[:3], *self.C.stride()[:3])
+        self.rest = (kept[1].stride(0), 0 if document is None else document.stride(0))
+        self.constants = {
+            "HAS_DOCS": document is not None,
+            "PRECISE": x.dtype == torch.float32,
+            "EVEN": self.length % self.chunk == 0 and (padded_p, padded_n) == (self.head_dim, self.state_size),
+            "Q": self.chunk,
+        }
+        self.padding = {"PADDED_P": padded_p, "PADDED_N": padded_n, **self.constants}
+
+    def part(self, heads: slice, groups: slice) -> "Scan":
+        """Views of some heads, and of the groups they belong to."""
+        if heads == ALL:
+            return self
+        step, cs, lo = self.kept
+        kept = (step[:, heads], cs[:, heads], lo[:, heads] if lo.numel() else lo)
+        D = None if self.D is None else self.D[heads]
+        return Scan(self.x[:, :, heads], self.B[:, :, groups], self.C[:, :, groups], self.A[heads], D, kept, self.document)
+
+    def new(self, *shape: int) -> Tensor:
+        """Room for float32 numbers."""
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def new_states(self) -> Tensor:
+        """Room for a state before or after each chunk, in the dtype of the matrix products."""
+        return self.x.new_empty(self.batch, self.chunks, self.heads, self.head_dim, self.state_size)
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that holds a dimension of a matrix product."""
+    return max(1 << (size - 1).bit_length(), 16)
+
+
+def unit(t: Tensor) -> Tensor:
+    """With unit last stride."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def count_documents(document_start: Tensor | None) -> Tensor | None:
+    """How many documents have started up to each token, [B, S]."""
+    return None if document_start is None else document_start.cumsum(1, dtype=torch.int32)
+
+
+def prepare(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, document: Tensor | None,
+    softplus: bool,
+) -> Scan:  # fmt: skip
+    """The problem with its step sizes and decays computed."""
+    batch, length, heads, _ = x.shape
+    step, cs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=x.device).unbind()
+    lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
+    scan = Scan(x, B, C, A, D, (step, cs, lo), document)
+    block = min(32, padded(heads))
+    launch(
+        fused.decays_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, A, step, cs, lo, length, heads, scan.chunks,
+        dt.stride(0), dt.stride(1), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, PRECISE=x.dtype == torch.float32, Q=scan.chunk,
+        BH=block, num_warps=4,
+    )  # fmt: skip
+    return scan
+
+
+class Sweep(NamedTuple):
+    """What a pass over the chunks leaves."""
+
+    final: Tensor  # [B, H, P, N] float32: the state after the last token, or the gradient of the one before the first
+    decay: Tensor  # [B, parts, H]: what each segment leaves of a state
+    log_decay: Tensor  # [tiles, B, H, C]: parts of the gradient of the logarithm of each chunk's decay; in reverse only
+
+
+def sweep(
+    scan: Scan, start: Tensor | None, states: Tensor | None, g_y: Tensor | None = None, before: Tensor | None = None
+) -> Sweep:
+    """Carry the state from `start` [B, H, P, N], or zero, over the chunks, and write it before each to `states`; with `g_y` the
+    gradient of the state in reverse, written for the state after each chunk, `before` being the states themselves."""
+    reverse = g_y is not None
+    v, w = (scan.x, scan.B) if g_y is None else (g_y, scan.C)
+    meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key)
+    tiles = -(-scan.head_dim // meta["BP"]) * -(-scan.state_size // meta["BN"])
+    programs = tiles * scan.batch * scan.heads
+    # A second pass costs more than some idle multiprocessors.
+    parts = 1 if 4 * programs >= PROGRAMS else min(-(-PROGRAMS // programs), -(-scan.chunks // 4))
+    segment = -(-scan.chunks // parts)
+    parts = -(-scan.chunks // segment)
+    decay = scan.new(scan.batch, parts, scan.heads)
+    log_decay = scan.new(tiles, scan.batch, scan.heads, scan.chunks) if reverse and states is not None else decay
+    sizes = (scan.length, scan.heads, scan.per_group, scan.head_dim, scan.state_size, scan.chunks, segment)
+
+    def run(start: Tensor | None, states: Tensor | None) -> Tensor:
+        final = scan.new(scan.batch, parts, scan.heads, scan.head_dim, scan.state_size)
+        launch(
+            fused.states_kernel, (tiles, scan.batch * scan.heads, parts), v, w, *scan.decays, start, final, states, before,
+            log_decay, decay,
+            *sizes, *v.stride()[:3], *w.stride()[:3], *scan.rest, REVERSE=reverse, HAS_FROM=start is not None,
+            WRITE=states is not None,
+            **scan.constants, **meta,
+        )  # fmt: skip
+        return final
+
+    start = None if start is None else start.contiguous()
+    if parts == 1:
+        return Sweep(run(start, states).squeeze(1), decay, log_decay)
+    ends = run(None, None)
+    starts, final = torch.empty_like(ends), scan.new(scan.batch, scan.heads, scan.head_dim, scan.state_size)
+    elements = scan.head_dim * scan.state_size
+    launch(
+        fused.carry_kernel, (scan.batch * scan.heads, -(-elements // 1024)), start, ends, decay, starts, final, scan.heads,
+        elements, parts,
+        REVERSE=reverse, HAS_FROM=start is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    if states is not None:
+        run(starts, states)
+    return Sweep(final, decay, log_decay)
+
+
+def write_output(scan: Scan, states: Tensor, y: Tensor) -> None:
+    """Write y [B, S, H, P], of which the last dimension has unit stride."""
+    launch(
+        fused.output_kernel, (scan.chunks * 2, scan.batch * scan.groups, scan.splits), scan.x, scan.B, scan.C, scan.D,
+        *scan.decays, states,
+        y, *scan.sizes, *scan.x.stride()[:3], *scan.matrices, *y.stride()[:3], *scan.rest, HAS_D=scan.D is not None, **scan.padding,
+        **OUTPUT(*scan.key),
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """Where gradients go: [B, S, ...] with unit last stride."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def write_gradients(
+    scan: Scan, states: Tensor, g: Gradients, dt: Tensor, dt_bias: Tensor | None, softplus: bool, g_y: Tensor,
+    g_final: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write the gradients of x, dt, B and C; the sums [3, H] for A, dt_bias and D, and the gradient of the state at the start."""
+    batch, heads, splits, g_y = scan.batch, scan.heads, scan.splits, unit(g_y)
+    g_states = scan.new_states()
+    swept = sweep(scan, g_final, g_states, g_y, states)
+    g_CB = scan.x.new_empty(batch, scan.chunks, scan.groups, splits, scan.chunk, scan.chunk)
+    g_start, g_row, g_column, g_step, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
+    g_B, g_C = (t.unsqueeze(0) if splits == 1 else scan.new(splits, *t.shape) for t in (g.B, g.C))
+    grid = (scan.chunks * 2, batch * scan.groups, splits)
+    launch(
+        fused.pair_gradient_kernel, grid, scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_row, g_column, g_after, *scan.sizes,
+        *scan.x.stride()[:3], *scan.matrices, *g_y.stride()[:3], *scan.rest, **scan.padding, **PAIR_GRADIENT(*scan.key),
+    )  # fmt: skip
+    for of_B, tunable, v, of, out in ((False, C_GRADIENT, g_y, states, g_C), (True, B_GRADIENT, scan.x, g_states, g_B)):
+        meta = tunable(*scan.key)
+        launch(
+            fused.group_gradient_kernel, (scan.chunks * (scan.chunk // meta["ROWS"]), *grid[1:]), v, scan.B, scan.C,
+            *scan.decays, of,
+            g_CB, out, g_start, *scan.sizes, *v.stride()[:3], *scan.matrices, *out.stride()[:4], *scan.rest, OF_B=of_B,
+            **scan.padding,
+            **meta,
+        )  # fmt: skip
+    launch(
+        fused.x_gradient_kernel, grid, scan.x, scan.B, scan.C, scan.D, g_y, *scan.decays, g_states, g.x, g_step, g_end, g_D,
+        *scan.sizes,
+        *scan.x.stride()[:3], *scan.matrices, *g_y.stride()[:3], *g.x.stride()[:3], *scan.rest, HAS_D=scan.D is not None,
+        **scan.padding, **X_GRADIENT(*scan.key),
+    )  # fmt: skip
+    if splits > 1:
+        g.B.copy_(g_B.sum(0))
+        g.C.copy_(g_C.sum(0))
+    sums, block, log_decay = scan.new(3, batch * scan.chunks, heads), min(16, padded(heads)), swept.log_decay
+    launch(
+        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, scan.A, scan.kept[0], g_start, g_row,
+        g_column,
+        g_end, g_after, g_step, g_D, log_decay, g.dt, sums, scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
+        dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.rest[0], sums.stride(0), SOFTPLUS=softplus,
+        HAS_BIAS=dt_bias is not None, HAS_D=scan.D is not None, Q=scan.chunk, BH=block, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(1), swept.final
+
+
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    document_start: Tensor | None, softplus: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, the final state, and what the backward keeps: step, cs, lo (see `Scan`) and the states before each chunk."""
+    scan = prepare(x, unit(dt), A, B, C, D, dt_bias, count_documents(document_start), softplus)
+    y, states = x.new_empty(x.shape), scan.new_states()
+    final = sweep(scan, initial_state, states).final
+    write_output(scan, states, y)
+    return y, final, *scan.kept, states
+
+
+def _forward_fake(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    document_start: Tensor | None, softplus: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (batch, length, heads, head_dim), state_size = x.shape, B.shape[3]
+    step, cs = (x.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
+    lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
+    chunks = -(-length // chunk_length(x.dtype))
+    final, states = cs.new_empty(batch, heads, head_dim, state_size), x.new_empty(batch, chunks, heads, head_dim, state_size)
+    return x.new_empty(x.shape), final, step, cs, lo, states
+
+
+def _backward(
+    g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor, states: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, dt, B, C, the sums [3, H] for A, dt_bias and D, and the gradient of the initial state."""
+    scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
+    g = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
+    return *g, *write_gradients(scan, states, g, unit(dt), dt_bias, softplus, g_y, g_final)
+
+
+def _backward_fake(
+    g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor, states: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    gradients = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    return *gradients, cs.new_empty(3, x.shape[2]), cs.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softplus = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _autograd(ctx: Any, g_y: Tensor | None, g_final: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    x, _, A, _, _, D, dt_bias, initial_state, *_ = saved = ctx.saved_tensors
+    g_y = torch.zeros_like(x) if g_y is None else g_y
+    g_x, g_dt, g_B, g_C, sums, g_initial = _gradients(g_y, g_final, *saved, ctx.softplus)
+    g_A, g_bias, g_D = sums.unbind()
+    return (
+        g_x, g_dt, g_A.to(A.dtype), g_B, g_C, None if D is None else g_D.to(D.dtype),
+        None if dt_bias is None else g_bias.to(dt_bias.dtype),
+        None if initial_state is None else g_initial.to(initial_state.dtype), None, None,
+    )  # fmt: skip
+
+
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_state,"
+    " Tensor? document_start"
+)
+_KEPT = "Tensor step, Tensor cs, Tensor lo, Tensor states"
+_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_gradients = register(
+    "ssd_backward", f"(Tensor g_y, Tensor? g_final, {_INPUTS}, {_KEPT}, bool softplus) -> {_SIX}", _backward, _backward_fake
+)
+_ssd = register(
+    "ssd", f"({_INPUTS}, bool softplus) -> {_SIX}", _forward, _forward_fake, setup_context=_setup_context, backward=_autograd
+)
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, softplus: bool,
+    initial_state: Tensor | None, document_start: Tensor | None, ranks: SequenceRanks | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`mamba_kernels.ssd` on checked arguments; y and the final state. `ranks` are several, without an initial state, or None."""
+    if ranks is not None:
+        return _SpreadSSD.apply(x, dt, A, B, C, D, dt_bias, document_start, softplus, ranks)
+    y, final_state, *_ = _ssd(x, dt, A, B, C, D, dt_bias, initial_state, document_start, softplus)
+    return y, final_state
+
+
+def _halves(heads: int, groups: int) -> list[tuple[slice, slice]]:
+    """The heads and groups of two parts, which share B and C if there is one group; one part of one head."""
+    if heads == 1:
+        return [(ALL, ALL)]
+    if groups == 1:
+        return [(half, ALL) for half in (slice(heads // 2), slice(heads // 2, None))]
+    cut, per_group = groups // 2, heads // groups
+    return [(slice(cut * per_group), slice(cut)), (slice(cut * per_group, None), slice(cut, None))]
+
+
+def _over_state(decay_BH: Tensor) -> Tensor:
+    return decay_BH[..., None, None]
+
+
+class _SpreadSSD(torch.autograd.Function):
+    """A sequence spread over ranks, as in `reference`: the exchange of a half of the heads overlaps the work on the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+        document_start: Tensor | None, softplus: bool, ranks: SequenceRanks,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        scan = prepare(x, unit(dt), A, B, C, D, dt_bias, count_documents(document_start), softplus)
+        halves = _halves(x.shape[2], B.shape[2])
+        parts = [scan.part(*half) for half in halves]
+        arriving = list[Callable[[], Tensor]]()
+        for part in parts:
+            swept = sweep(part, None, None)
+            arriving.append(start_state_before(ranks, swept.decay.prod(1), swept.final, _over_state))
+        y, states, finals = x.new_empty(x.shape), [part.new_states() for part in parts], list[Tensor]()
+        for part, (heads, _), of_part, arrived in zip(parts, halves, states, arriving, strict=True):
+            finals.append(sweep(part, arrived(), of_part).final)
+            write_output(part, of_part, y[:, :, heads])
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, document_start, *scan.kept, *states)
+        ctx.softplus, ctx.ranks = softplus, ranks
+        return y, torch.cat(finals, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, dt_bias, document_start, step, cs, lo, *states = ctx.saved_tensors
+        scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
+        halves, g_y, raw_dt = _halves(x.shape[2], B.shape[2]), unit(g_y), unit(dt)
+        arriving = list[Callable[[], Tensor]]()
+        for heads, groups in halves:
+            swept = sweep(scan.part(heads, groups), g_final[:, heads], None, g_y[:, :, heads])
+            arriving.append(start_gradient_after(ctx.ranks, swept.decay.prod(1), swept.final, _over_state))
+        g, shared = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C))), len(halves) > 1 and B.shape[2] == 1
+        sums, of_groups = list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for (heads, groups), of_part, arrived in zip(halves, states, arriving, strict=True):
+            # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
+            g_B, g_C = (t.new_empty(t.shape, dtype=torch.float32) if shared else t[:, :, groups] for t in (g.B, g.C))
+            part = Gradients(g.x[:, :, heads], g.dt[:, :, heads], g_B, g_C)
+            bias, g_last = None if dt_bias is None else dt_bias[heads], arrived() + g_final[:, heads]
+            of_decays, _ = write_gradients(
+                scan.part(heads, groups), of_part, part, raw_dt[:, :, heads], bias, ctx.softplus, g_y[:, :, heads], g_last
+            )
+            sums.append(of_decays)
+            of_groups.append((g_B, g_C))
+        if shared:
+            for whole, (first, second) in zip((g.B, g.C), zip(*of_groups, strict=True), strict=True):
+                whole.copy_(first + second)
+        g_A, g_bias, g_D = torch.cat(sums, 1).unbind()
+        return (
+            g.x, g.dt, g_A.to(A.dtype), g.B, g.C, None if D is None else g_D.to(D.dtype),
+            None if dt_bias is None else g_bias.to(dt_bias.dtype), None, None, None,
+        )  # fmt: skip
