@@ -101,7 +101,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
         recorder(kernel, grid, arguments, meta)
         return
     key = (
-        kernel, arguments[0].get_device(), *meta.values(),
+        kernel, next(a.get_device() for a in arguments if isinstance(a, Tensor)), *meta.values(),
         *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
     )  # fmt: skip
     compiled = _compiled.get(key)

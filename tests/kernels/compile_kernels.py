@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from mamba_kernels import backend
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # Bytes a block may have.
-SPILLS_ALLOWED = 0
+SPILLS = {"output_kernel": 128, "pair_gradient_kernel": 272, "x_gradient_kernel": 160}
+"""Bytes of registers that a kernel may spill, where it is faster so than with a smaller tile; any other kernel none."""
 
 
 class FakeDriver:
@@ -85,7 +86,7 @@ def main(architecture: str, modules: list[str]) -> int:
         seen.add(key)
         registers, stack = resources(compiled)
         shared = compiled.metadata.shared
-        bad = shared > SHARED_MEMORY[architecture] or stack > SPILLS_ALLOWED
+        bad = shared > SHARED_MEMORY[architecture] or stack > SPILLS.get(kernel.fn.__name__, 0)
         failures += bad
         outcome, shown = "FAIL" if bad else "ok  ", " ".join(f"{name}={value}" for name, value in meta.items())
         taken = f"shared {shared} registers {registers} stack {stack}"

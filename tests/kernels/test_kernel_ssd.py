@@ -1,5 +1,6 @@
 """`ssd` against the recurrence it stands for, one token at a time in float64."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -27,6 +28,9 @@ from mamba_kernels import backend, ssd
 
 BATCH, HEADS, HEAD_DIM, STATE = 3, 4, 5, 6
 CHUNK_SIZES = [1, 7, 16, 64, 300, None]
+
+# The fused kernels' matrix products have bfloat16 operands: the states, and products of decays and of C_i . B_j, rounded.
+FUSED_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4 * ONE_BF16_ROUNDING}
 
 
 def oracle(x, dt, A, B, C, D=None, dt_bias=None, initial_state=None, *, dt_softplus=False, document_start=None):
@@ -121,6 +125,7 @@ def test_low_precision(dtype, tolerance, device):
     inputs = make_inputs(100, device=device, dtype=dtype)
     inputs |= {name: inputs[name].float() for name in ("A", "D", "dt_bias", "initial_state")}
     want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), in_float64(inputs))
+    tolerance = FUSED_TOLERANCE[dtype] if device == "cuda" else tolerance
     for chunk_size in (16, None):
         got = outputs_and_gradients(op(chunk_size, starts), inputs)
         assert got["output 0"].dtype == dtype
@@ -267,6 +272,109 @@ def test_rejects(change, message):
     ssd(**arguments)
     with pytest.raises(ValueError, match=message):
         ssd(**arguments | change)
+
+
+# Length, heads, groups, head dim, state size, documents, and whether there are D, dt_bias, softplus and an initial state.
+FUSED_CASES = {
+    "everything, odd sizes": (torch.float32, 2, 41, 4, 2, 5, 6, True, True),
+    "nothing optional, whole tiles": (torch.float32, 1, 64, 2, 1, 16, 16, False, False),
+    "segments": (torch.float32, 1, 170, 2, 2, 3, 16, True, True),
+    "one token": (torch.float32, 2, 1, 2, 1, 4, 4, False, True),
+    "bfloat16": (torch.bfloat16, 1, 150, 2, 1, 16, 8, True, True),
+}
+GPU_CASES = {
+    "8B": (torch.bfloat16, 2, 777, 16, 2, 64, 128, True, True),
+    "8B, whole chunks": (torch.bfloat16, 1, 1024, 32, 4, 64, 128, False, False),
+    "wide head": (torch.bfloat16, 1, 130, 4, 2, 256, 64, True, True),
+    "wide state": (torch.bfloat16, 1, 300, 4, 1, 128, 256, True, True),
+    "odd head and state": (torch.bfloat16, 2, 300, 6, 3, 80, 48, True, True),
+    "float32": (torch.float32, 1, 300, 8, 2, 64, 128, True, True),
+    "float16": (torch.float16, 1, 300, 8, 2, 64, 128, False, True),
+}
+
+
+def fused_inputs(dtype, batch, length, heads, groups, head_dim, state_size, options, device, seed=0):
+    draw = partial(randn, device=device, dtype=dtype, seed=seed)
+    inputs = {
+        "x": draw(batch, length, heads, head_dim),
+        "dt": draw(batch, length, heads) - 1.0,
+        "A": -draw(heads).float().exp(),
+        "B": draw(batch, length, groups, state_size),
+        "C": draw(batch, length, groups, state_size).flip(-1),
+    }
+    if not options:
+        return inputs | {"dt": inputs["dt"].abs()}
+    return inputs | {
+        "D": draw(heads).float().flip(-1),
+        "dt_bias": draw(heads).float() - 1.0,
+        "initial_state": draw(batch, heads, head_dim, state_size).float(),
+    }
+
+
+@pytest.mark.parametrize("case", [*FUSED_CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_CASES)])
+def test_fused(case, fused_device, request):
+    """Outputs and every gradient of the Triton kernels; on a GPU for three seeds, and bit for bit the same twice."""
+    dtype, batch, length, *sizes, documents, options = (FUSED_CASES | GPU_CASES)[case]
+    if case in GPU_CASES and fused_device == "cpu":
+        pytest.skip("no CUDA device")
+    starts = document_starts(batch, length, fused_device) if documents else None
+    arguments = {"document_start": starts, "dt_softplus": options}
+    for seed in range(3 if fused_device == "cuda" else 1):
+        inputs = fused_inputs(dtype, batch, length, *sizes, options, fused_device, seed)
+        want = outputs_and_gradients(partial(oracle, **arguments), in_float64(inputs))
+        got = outputs_and_gradients(partial(ssd, **arguments, return_final_state=True), inputs, strides=seed == 1)
+        assert_close(got, want, 4e-3 if dtype == torch.float16 else FUSED_TOLERANCE[dtype])
+        if fused_device == "cuda":
+            again = outputs_and_gradients(partial(ssd, **arguments, return_final_state=True), inputs, strides=seed == 1)
+            assert all(torch.equal(again[name], got[name]) for name in got)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fused_spread_over_ranks(groups, fused_device, monkeypatch):
+    """The kernels under the exchange of states: every rank has of its piece what the whole sequence gives."""
+    from mamba_kernels.ssd import operators
+
+    lock, launch = threading.Lock(), operators.launch
+
+    def one_at_a_time(*arguments, **meta):  # The interpreter is not made for threads, which play the ranks.
+        with lock:
+            launch(*arguments, **meta)
+
+    monkeypatch.setattr(operators, "launch", one_at_a_time)
+    inputs = fused_inputs(torch.float32, 3, 45, 2, groups, 3, 4, True, "cpu")
+    if fused_device == "cuda":
+        pytest.skip("ranks are threads of one CPU process here; on GPUs, test_torchrun.py has real ones")
+    del inputs["initial_state"]
+    spread = partial(ssd, dt_softplus=True, return_final_state=True)
+    assert_spread_close(spread, inputs, (40, 5), starts_in_pieces("few", 3, (40, 5)), FUSED_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_extremes(dtype, fused_device):
+    """Decays that overflow where they are masked, tokens that forget all, heads that never forget."""
+    inputs = fused_inputs(dtype, 1, 40, 2, 1, 4, 4, True, fused_device)
+    inputs["A"] = torch.tensor([-16.0, -1e-3], device=fused_device)
+    inputs["dt"][:, ::8] = 5000.0
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True), in_float64(inputs))
+    got = outputs_and_gradients(partial(ssd, dt_softplus=True, return_final_state=True), inputs)
+    if dtype == torch.bfloat16:
+        # A sum of terms in the thousands that cancel: finite is all that it can be.
+        assert got.pop("gradient of A").isfinite().all()
+        del want["gradient of A"]
+    assert_close(got, want, FUSED_TOLERANCE[dtype])
+
+
+def test_fused_on_meta_tensors():
+    """Shapes and dtypes of outputs and gradients without a device, as the planner and torch.compile ask for them."""
+    draw = partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    inputs = {"x": draw(2, 300, 4, 8), "dt": draw(2, 300, 4), "A": draw(4), "B": draw(2, 300, 2, 16), "C": draw(2, 300, 2, 16)}
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    with backend.meta_stands_for("cuda"):
+        y, state = ssd(**leaves, return_final_state=True)
+        gradients = torch.autograd.grad(y.float().sum(), leaves.values())
+    assert (y.shape, y.dtype) == (inputs["x"].shape, torch.bfloat16)
+    assert (state.shape, state.dtype) == ((2, 4, 8, 16), torch.float32)
+    assert [(g.shape, g.dtype) for g in gradients] == [(leaf.shape, leaf.dtype) for leaf in leaves.values()]
 
 
 def compile_cases():

@@ -232,7 +232,8 @@ def output_kernel(
         cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, begin - 1, begin > c * Q, PRECISE)
         step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
         step_before = tl.load(step_ptr + head + t - R, mask=before, other=0.0)
-        M = (CB * (_between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :])).to(OPERAND)
+        # In this order, as zeros of CB times a product that overflows would not be zero.
+        M = (CB * _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]).to(OPERAND)
         decay = _between(cs, lo, cs_border, lo_border, PRECISE)
         decay_state = tl.where(from_state, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
         weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before  # 0 without a half before
@@ -253,7 +254,7 @@ def output_kernel(
 
 @triton.jit
 def pair_gradient_kernel(
-    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_CB_ptr, g_row_ptr, g_column_ptr, g_after_ptr,
+    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_CB_ptr, g_inside_ptr, g_row_ptr, g_after_ptr,
     S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
     s_cs_b, s_doc_b,
     HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
@@ -261,9 +262,9 @@ def pair_gradient_kernel(
 ):  # fmt: skip
     """For the rows i of half a chunk and some heads of a group: the sum over heads of the gradients of C_i . B_j, for j in this
     half and
-    in the one before; and for each head those of the logarithms of the decays: inside the half, by row and by column; from the
-    half's
-    start to row i (added to the former); from token j of the half before to that half's end."""
+    in the one before; and for each head the gradient of a_k through the decays L_ij inside the half, and those of the logarithms
+    of the
+    decays from the half's start to row i, and from token j of the half before to that half's end."""
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
     c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
@@ -274,7 +275,7 @@ def pair_gradient_kernel(
     B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
     C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
     B_before = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, c * Q, s_B_s, before, n, N, EVEN, OPERAND)
-    # L_ii = 1 has no gradient: without the diagonal, row sums and column sums cancel only what they share.
+    # L_ii = 1 has no gradient.
     CB = tl.where(r[:, None] > r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
     CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
     visible, visible_before = (r[:, None] >= r[None, :]) & (t[:, None] < S), before[:, None] & (r[None, :] >= 0)
@@ -285,6 +286,7 @@ def pair_gradient_kernel(
         visible_before = visible_before & (doc[:, None] == doc_before[None, :])
         CB_before = tl.where(visible_before, CB_before, 0.0)
     g_CB, g_CB_before = tl.zeros((R, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
+    earlier = tl.where(r[:, None] < r[None, :], 1.0, 0.0).to(OPERAND)
     for k in range(heads):
         h = g * K + split * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
@@ -313,8 +315,11 @@ def pair_gradient_kernel(
         g_CB += g_M
         g_M *= CB
         at = (b * H + h) * S + t
-        tl.store(g_row_ptr + at, tl.sum(g_M_before, axis=1) + tl.sum(g_M, axis=1), mask=t < S)
-        tl.store(g_column_ptr + at, tl.sum(g_M, axis=0), mask=t < S)
+        # a_k is in L_ij for j < k <= i. Summed as such: in the difference of row sums and column sums, small gradients would be
+        # rounding errors, which a large dt makes large.
+        g_inside = tl.where(r[:, None] >= r[None, :], tl.dot(g_M.to(OPERAND), earlier, input_precision="ieee"), 0.0)
+        tl.store(g_inside_ptr + at, tl.sum(g_inside, axis=0), mask=t < S)
+        tl.store(g_row_ptr + at, tl.sum(g_M_before, axis=1), mask=t < S)
         tl.store(g_after_ptr + at - R, tl.sum(g_M_before, axis=0), mask=(t - R < S) & (t >= c * Q + R))
     if HAS_DOCS:
         g_CB_before = tl.where(visible_before, g_CB_before, 0.0)
@@ -459,7 +464,7 @@ def x_gradient_kernel(
 
 @triton.jit
 def dt_gradient_kernel(
-    dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_row_ptr, g_column_ptr, g_end_ptr, g_after_ptr, g_step_ptr, g_D_ptr,
+    dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_inside_ptr, g_row_ptr, g_end_ptr, g_after_ptr, g_step_ptr, g_D_ptr,
     log_decay_ptr,
     g_dt_ptr, sums_ptr, S, H, chunks, tiles, s_tile, s_dt_b, s_dt_s, s_gdt_b, s_gdt_s, s_cs_b, s_sums,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
@@ -474,9 +479,10 @@ def dt_gradient_kernel(
     at = (b * H + h[:, None]) * S + t[None, :]
     g_a = tl.cumsum(tl.load(g_start_ptr + at, mask=mask, other=0.0), axis=1, reverse=True)
     g_a += tl.cumsum(tl.load(g_end_ptr + at - 1, mask=mask & (q[None, :] > 0), other=0.0), axis=1)
-    inside = tl.load(g_row_ptr + at, mask=mask, other=0.0) - tl.load(g_column_ptr + at, mask=mask, other=0.0)
+    g_a += tl.load(g_inside_ptr + at, mask=mask, other=0.0)
+    to_row = tl.load(g_row_ptr + at, mask=mask & (q[None, :] >= R), other=0.0)
     to_after = tl.load(g_after_ptr + at - 1, mask=mask & (q[None, :] > 0) & (q[None, :] < R), other=0.0)
-    halves = tl.cumsum(tl.reshape(inside, (BH, 2, R)), axis=2, reverse=True) + tl.cumsum(tl.reshape(to_after, (BH, 2, R)), axis=2)
+    halves = tl.cumsum(tl.reshape(to_row, (BH, 2, R)), axis=2, reverse=True) + tl.cumsum(tl.reshape(to_after, (BH, 2, R)), axis=2)
     g_a += tl.reshape(halves, (BH, Q))
     for tile in range(tiles):
         g_a += tl.load(log_decay_ptr + tile * s_tile + (b * H + h) * chunks + c, mask=h < H, other=0.0)[:, None]

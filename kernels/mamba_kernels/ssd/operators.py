@@ -15,7 +15,7 @@ from mamba_kernels.backend import Meta, Tunable, launch, register
 from mamba_kernels.common import SequenceRanks, start_gradient_after, start_state_before
 from mamba_kernels.ssd import fused
 
-PROGRAMS = 264  # Wanted at least: two for each multiprocessor of the largest GPUs.
+MULTIPROCESSORS = 132  # Of the GPU the kernels were tuned on; with more or fewer, programs are shared out less evenly.
 ALL = slice(None)
 
 
@@ -79,7 +79,8 @@ class Scan:
         self.key = (x.dtype, padded_p, padded_n)
         # Enough programs to fill a GPU, by sharing out the heads of a group; what they add up is then summed.
         self.splits = 1
-        while self.chunks * 2 * self.batch * self.groups * self.splits < PROGRAMS and self.per_group % (2 * self.splits) == 0:
+        programs = self.chunks * 2 * self.batch * self.groups
+        while programs * self.splits < MULTIPROCESSORS and self.per_group % (2 * self.splits) == 0:
             self.splits *= 2
         self.sizes = (
             self.length, self.heads, self.groups, self.per_group, self.head_dim, self.state_size, self.chunks,
@@ -166,7 +167,7 @@ def sweep(
     tiles = -(-scan.head_dim // meta["BP"]) * -(-scan.state_size // meta["BN"])
     programs = tiles * scan.batch * scan.heads
     # A second pass costs more than some idle multiprocessors.
-    parts = 1 if 4 * programs >= PROGRAMS else min(-(-PROGRAMS // programs), -(-scan.chunks // 4))
+    parts = 1 if 2 * programs >= MULTIPROCESSORS else min(2 * MULTIPROCESSORS // programs, -(-scan.chunks // 4))
     segment = -(-scan.chunks // parts)
     parts = -(-scan.chunks // segment)
     decay = scan.new(scan.batch, parts, scan.heads)
@@ -228,11 +229,11 @@ def write_gradients(
     g_states = scan.new_states()
     swept = sweep(scan, g_final, g_states, g_y, states)
     g_CB = scan.x.new_empty(batch, scan.chunks, scan.groups, splits, scan.chunk, scan.chunk)
-    g_start, g_row, g_column, g_step, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
+    g_start, g_inside, g_row, g_step, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
     g_B, g_C = (t.unsqueeze(0) if splits == 1 else scan.new(splits, *t.shape) for t in (g.B, g.C))
     grid = (scan.chunks * 2, batch * scan.groups, splits)
     launch(
-        fused.pair_gradient_kernel, grid, scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_row, g_column, g_after, *scan.sizes,
+        fused.pair_gradient_kernel, grid, scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_inside, g_row, g_after, *scan.sizes,
         *scan.x.stride()[:3], *scan.matrices, *g_y.stride()[:3], *scan.rest, **scan.padding, **PAIR_GRADIENT(*scan.key),
     )  # fmt: skip
     for of_B, tunable, v, of, out in ((False, C_GRADIENT, g_y, states, g_C), (True, B_GRADIENT, scan.x, g_states, g_B)):
@@ -255,8 +256,8 @@ def write_gradients(
         g.C.copy_(g_C.sum(0))
     sums, block, log_decay = scan.new(3, batch * scan.chunks, heads), min(16, padded(heads)), swept.log_decay
     launch(
-        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, scan.A, scan.kept[0], g_start, g_row,
-        g_column,
+        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, scan.A, scan.kept[0], g_start,
+        g_inside, g_row,
         g_end, g_after, g_step, g_D, log_decay, g.dt, sums, scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
         dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.rest[0], sums.stride(0), SOFTPLUS=softplus,
         HAS_BIAS=dt_bias is not None, HAS_D=scan.D is not None, Q=scan.chunk, BH=block, num_warps=4,
