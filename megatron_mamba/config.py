@@ -310,15 +310,16 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Bit-equal results run to run on the same hardware."""
-    loss_chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time."""
+    loss_chunk_tokens: int = 0
+    """Tokens whose logits exist at one time; 0 = as many as have logits of 1 GiB on a rank."""
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops with a checkpoint."""
     stop_after_samples: int | None = None
     """Checkpoint and stop once this many samples are consumed (schedules still aim at train_samples)."""
 
     def validate(self) -> None:
-        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "loss_chunk_tokens", "max_skipped_steps")
+        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "max_skipped_steps")
+        self.check_chunk()
         require((self.train_samples is None) != (self.train_tokens is None), "trainer.train_samples", self.train_samples,
                 "give exactly one of trainer.train_samples and trainer.train_tokens",
                 "For example trainer.train_samples=100000")
@@ -330,6 +331,11 @@ class TrainerConfig:
             require(span >= 0 and span % self.batch_ramp.increment == 0, "trainer.batch_ramp.increment",
                     self.batch_ramp.increment, f"does not lead from {self.batch_ramp.start} to {self.global_batch_size}",
                     f"Choose a divisor of {span}")
+
+    def check_chunk(self) -> None:
+        """Raise :class:`ConfigError` for a negative number of tokens."""
+        require(self.loss_chunk_tokens >= 0, "trainer.loss_chunk_tokens", self.loss_chunk_tokens, "must not be negative",
+                "Use 0 for as many tokens as have logits of 1 GiB")
 
     def micro_batches(self, field: str, batch_size: int, dp_size: int) -> int:
         """How many micro-batches make up the share of each of `dp_size` ranks in a batch of the setting `field`. Raises

@@ -4,6 +4,7 @@ A fused op is a `torch.library` operator `mamba_kernels::<name>`: torch.compile 
 it, and its backward pass is made of operators too. This module does not import Triton; only the `fused` modules do.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ META_DEVICE = "cpu"
 
 INTERPRETED = False
 """Whether CPU tensors go to the fused kernels too. They must then have been imported with TRITON_INTERPRET=1: tests do that."""
+
+AVAILABLE = importlib.util.find_spec("triton") is not None
+"""Whether there are fused kernels: Triton is made for Linux."""
 
 KERNELS: dict[str, Callable[..., Any]] = {}
 """What computes each registered operator, by name."""
@@ -83,6 +87,17 @@ def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None = None
 """Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
+
+
+def allocate(name: str, arguments: tuple[Any, ...]) -> Any:
+    """What a registered operator returns, with all that its kernels need allocated and nothing launched: on meta tensors, what the
+    operator costs in memory."""
+    global recorder
+    before, recorder = recorder, lambda *launched: None
+    try:
+        return KERNELS[name](*arguments)
+    finally:
+        recorder = before
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}

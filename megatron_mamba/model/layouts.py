@@ -32,7 +32,8 @@ def mesh_of(config: Config, gpus: int | None) -> Mesh:
     remedy = "Use 1 or more"
     require_positive(config.data, "data", "seq_length", remedy=remedy)
     require(gpus is None or gpus > 0, "--gpus", gpus, "must be positive", remedy)
-    require_positive(trainer, "trainer", "micro_batch_size", "global_batch_size", "loss_chunk_tokens", remedy=remedy)
+    require_positive(trainer, "trainer", "micro_batch_size", "global_batch_size", remedy=remedy)
+    trainer.check_chunk()
     config.check_layout()
     if gpus is None:
         gpus = parallel.pp * parallel.dp_replicate * max(parallel.dp_shard, 1) * parallel.cp * parallel.tp

@@ -70,8 +70,23 @@ def test_fused(op, oracle, names, shape, dtype, tolerance, fused_device):
         assert_close(outputs_and_gradients(op, inputs, strides=strides), want, tolerance)
 
 
+@pytest.mark.parametrize("stride", [1 << 9, pytest.param(1 << 29, marks=pytest.mark.gpu)])
+def test_fused_rows_far_apart(stride, fused_device):
+    """Elements past the 2^31st."""
+    if stride > 1 << 9 and fused_device == "cpu":
+        pytest.skip("takes 4 GiB of a GPU")
+    gate = torch.empty(4 * stride + 16, dtype=torch.bfloat16, device=fused_device).as_strided((5, 16), (stride, 1))
+    gate.copy_(randn(5, 16, device=fused_device))
+    inputs = {"up": randn(5, 16, seed=1, device=fused_device, dtype=torch.bfloat16)}
+    got = outputs_and_gradients(lambda up: swiglu(gate, up), inputs)
+    want = outputs_and_gradients(lambda up: OPS["swiglu"][1](gate.double(), up), in_float64(inputs))
+    assert_close(got, want, ONE_BF16_ROUNDING)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
 @each_op
-def test_large_inputs_are_finite(op, oracle, names, device):
+def test_large_inputs_are_finite(op, oracle, names, kernels, request):
+    device = request.getfixturevalue("fused_device") if kernels == "fused" else "cpu"
     inputs = make_inputs(names, 4, 10, device=device, dtype=torch.float32)
     inputs[names[0]][:2], inputs[names[0]][2:] = -1e4, 1e4
     assert all(t.isfinite().all() for t in outputs_and_gradients(op, inputs).values())

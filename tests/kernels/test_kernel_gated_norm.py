@@ -1,12 +1,13 @@
 """`gated_norm` against its definition in float64."""
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
 import torch
 from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, saved_elements, use_blocks
 
-from mamba_kernels import gated_norm
+from mamba_kernels import backend, gated_norm
 
 CHANNELS = 24
 EPS = 1e-5
@@ -56,6 +57,23 @@ class Parts:
 def make_inputs(*shape, device="cpu", dtype=torch.float64):
     draw = partial(randn, device=device, dtype=dtype)
     return {"y": draw(*shape, CHANNELS), "z": draw(*shape, CHANNELS, seed=1), "weight": draw(CHANNELS)}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+
+
+@contextmanager
+def looping():
+    """Two programs a group, of four rows at a time."""
+    from mamba_kernels.gated_norm import fused
+
+    meta = {"PROGRAMS": 2, "BLOCK_T": 4, "STAGES": 2, "num_warps": 4}
+    with fused.FORWARD.forced(meta), fused.BACKWARD.forced(meta):
+        yield
 
 
 @pytest.mark.parametrize("group_size", [1, 6, CHANNELS])
@@ -110,8 +128,81 @@ def test_low_precision(dtype, tolerance, device):
     assert_close(got, want, tolerance)
 
 
-def test_extreme_values(device):
+fused_precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)]
+)
+
+
+@fused_precisions
+@pytest.mark.parametrize("group_size", [6, CHANNELS])
+def test_fused(group_size, dtype, tolerance, fused_device, poisoned):
+    """Groups that do not fill a block, and programs that loop over blocks of rows that do not fill the last."""
+    inputs, options = make_inputs(3, 7, device=fused_device, dtype=dtype), {"group_size": group_size, "eps": EPS}
+    inputs["weight"] = inputs["weight"].float()
+    want = outputs_and_gradients(partial(oracle, **options), in_float64(inputs))
+    for strides, loops in ((False, nullcontext), (True, looping)):
+        with loops():
+            got = outputs_and_gradients(partial(gated_norm, **options), inputs, strides=strides)
+        assert got["output 0"].dtype == dtype
+        assert_close(got, want, tolerance)
+
+
+@fused_precisions
+@pytest.mark.parametrize(("group_size", "part", "strides"), [(CHANNELS, 12, False), (12, 6, True)])
+def test_fused_groups_in_parts(group_size, part, strides, dtype, tolerance, fused_device, poisoned):
+    inputs, options = make_inputs(7, device=fused_device, dtype=dtype), {"group_size": group_size, "eps": EPS}
+    want = outputs_and_gradients(partial(oracle, **options), in_float64(inputs))
+    with looping():
+        parts = Parts(part, **options)
+        assert_close(parts.run(inputs, strides=strides), want, tolerance)
+        assert {(given.shape, given.dtype) for call in parts.given for given in call} == {((7,), torch.float32)}
+
+
+def test_fused_reads_z_where_it_is(fused_device):
+    """Of wider rows nothing beside z is read, and a weight of any dtype has its gradient in that dtype."""
+    packed = torch.full((2, 5, 40), torch.nan, device=fused_device)
+    z = packed[..., 8:32]
+    z.copy_(randn(2, 5, CHANNELS, dtype=torch.float32, device=fused_device))
+    inputs = make_inputs(2, 5, device=fused_device, dtype=torch.float32)
+    y, weight = inputs["y"], inputs["weight"].half().requires_grad_()
+    out = gated_norm(y, z, weight, group_size=6, eps=EPS)
+    torch.testing.assert_close(out, oracle(y, z, weight.float(), group_size=6, eps=EPS))
+    assert torch.autograd.grad(out.sum(), weight)[0].dtype == torch.float16
+
+    from mamba_kernels.norm.fused import as_rows
+
+    assert as_rows(z).data_ptr() == z.data_ptr()
+
+
+@pytest.mark.parametrize("stride", [1 << 9, pytest.param(1 << 29, marks=pytest.mark.gpu)])
+def test_fused_rows_far_apart(stride, fused_device):
+    """z with elements past the 2^31st."""
+    if stride > 1 << 9 and fused_device == "cpu":
+        pytest.skip("takes 4 GiB of a GPU")
+    z = torch.empty(4 * stride + CHANNELS, dtype=torch.bfloat16, device=fused_device).as_strided((5, CHANNELS), (stride, 1))
+    inputs, options = make_inputs(5, device=fused_device, dtype=torch.bfloat16), {"group_size": 6, "eps": EPS}
+    z.copy_(inputs.pop("z"))
+    got = outputs_and_gradients(lambda y, weight: gated_norm(y, z, weight, **options), inputs)
+    want = outputs_and_gradients(lambda y, weight: oracle(y, z.double(), weight, **options), in_float64(inputs))
+    assert_close(got, want, ONE_BF16_ROUNDING)
+
+
+def test_fused_without_tokens(fused_device):
+    inputs = make_inputs(0, device=fused_device, dtype=torch.float32)
+    got = outputs_and_gradients(partial(gated_norm, group_size=6, eps=EPS), inputs)
+    assert got["output 0"].shape == (0, CHANNELS)
+    assert not got["gradient of weight"].any()
+
+
+def test_fused_keeps_only_inputs(fused_device):
+    inputs = make_inputs(50, device=fused_device, dtype=torch.float32)
+    assert saved_elements(partial(gated_norm, group_size=6, eps=EPS), inputs) == 0
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_extreme_values(kernels, request):
     """Closed gates and zero groups: the size of eps is what keeps them finite."""
+    device = request.getfixturevalue("fused_device") if kernels == "fused" else "cpu"
     inputs = make_inputs(4, device=device, dtype=torch.float32)
     inputs["z"][0], inputs["z"][1], inputs["y"][2] = -200.0, 200.0, 0.0
     want = outputs_and_gradients(partial(oracle, group_size=6, eps=EPS), in_float64(inputs))
@@ -146,3 +237,17 @@ def test_rejects(change, message):
     gated_norm(**arguments)
     with pytest.raises(ValueError, match=message):
         gated_norm(**arguments | change)
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    kernels = backend.KERNELS
+    y, weight = torch.empty(8192, 8192, dtype=torch.bfloat16, device="meta"), torch.empty(8192, device="meta")
+    z = torch.empty(8192, 18560, dtype=torch.bfloat16, device="meta")[:, :8192]
+    yield "gated_norm", lambda: kernels["gated_norm"](y, z, weight, None, 1024, EPS)
+    yield "backward", lambda: kernels["gated_norm_backward"](y, z, weight, y, None, None, 1024, EPS)
+    part, z_part, weight_part, sums = y[:, :512], z[:, :512], weight[:512], torch.empty(8192, device="meta")
+    yield "squares of a part", lambda: kernels["gated_norm_squares"](part, z_part, weight_part, 1024, EPS)
+    yield "part", lambda: kernels["gated_norm"](part, z_part, weight_part, sums, 1024, EPS)
+    yield "projections of a part", lambda: kernels["gated_norm_projections"](part, z_part, weight_part, part, sums, 1024, EPS)
+    yield "backward of a part", lambda: kernels["gated_norm_backward"](part, z_part, weight_part, part, sums, sums, 1024, EPS)

@@ -1,12 +1,22 @@
 """`rms_norm` and `layer_norm` against their definitions in float64."""
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
 import torch
-from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn, use_blocks
+from op_testing import (
+    EXACT,
+    ONE_BF16_ROUNDING,
+    assert_close,
+    in_float64,
+    outputs_and_gradients,
+    randn,
+    saved_elements,
+    use_blocks,
+)
 
-from mamba_kernels import layer_norm, rms_norm
+from mamba_kernels import backend, layer_norm, rms_norm
 
 HIDDEN = 12
 EPS = 1e-5
@@ -34,14 +44,21 @@ OPS = {
 each_op = pytest.mark.parametrize(("op", "oracle", "bias"), OPS.values(), ids=OPS)
 
 
-def make_inputs(*shape, bias, residual, device="cpu", dtype=torch.float64):
+def make_inputs(*shape, bias, residual, device="cpu", dtype=torch.float64, hidden=HIDDEN):
     draw = partial(randn, device=device, dtype=dtype)
-    inputs = {"x": draw(*shape, HIDDEN) + 0.5, "weight": draw(HIDDEN)}
+    inputs = {"x": draw(*shape, hidden) + 0.5, "weight": draw(hidden)}
     if bias:
-        inputs["bias"] = draw(HIDDEN, seed=1)
+        inputs["bias"] = draw(hidden, seed=1)
     if residual:
-        inputs["residual"] = draw(*shape, HIDDEN, seed=2)
+        inputs["residual"] = draw(*shape, hidden, seed=2)
     return inputs
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
 
 
 @each_op
@@ -88,6 +105,99 @@ def test_low_precision(op, oracle, bias, residual, dtype, tolerance, device):
 
 
 @each_op
+@pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused(op, oracle, bias, residual, dtype, fused_device, poisoned):
+    """A block larger than the tensor, and programs that loop over blocks of rows that do not fill the last."""
+    inputs = make_inputs(3, 9, bias=bias, residual=False, device=fused_device, dtype=dtype, hidden=100)
+    inputs |= {name: t.float() for name, t in inputs.items() if name != "x"}
+    if residual is not None:
+        inputs["residual"] = randn(3, 9, 100, seed=2, device=fused_device, dtype=residual)
+    for strides, loops in ((False, nullcontext), (True, looping)):
+        with loops():
+            got = outputs_and_gradients(op, inputs, strides=strides)
+        assert got["output 0"].dtype == dtype
+        if residual is not None:
+            assert torch.equal(got["output 1"], inputs["x"] + inputs["residual"])
+        want = rounding_h(oracle, inputs, got.get("output 1"))
+        for name, t in got.items():
+            assert_close({name: t}, {name: want[name]}, 1e-6 if t.dtype == torch.float32 else ONE_BF16_ROUNDING)
+
+
+@contextmanager
+def looping():
+    """Two programs, of four rows at a time."""
+    from mamba_kernels.norm import fused
+
+    meta = {"PROGRAMS": 2, "BLOCK_T": 4, "STAGES": 2, "num_warps": 4}
+    with fused.FORWARD.forced(meta), fused.BACKWARD.forced(meta):
+        yield
+
+
+def rounding_h(oracle, inputs, h):
+    """The oracle's outputs and gradients, where what is normalised is the sum as it was rounded."""
+    wide = in_float64(inputs)
+    if h is None:
+        return outputs_and_gradients(oracle, wide)
+    off = h.double() - (wide["x"] + wide["residual"])
+    return outputs_and_gradients(lambda **t: oracle(**t | {"residual": t["residual"] + off}), wide)
+
+
+def test_fused_reads_slices_where_they_are(fused_device):
+    """Of wider rows nothing beside the slice is read."""
+    packed = torch.full((5, 40), torch.nan, device=fused_device)
+    packed[:, 8:24] = randn(5, 16, dtype=torch.float32, device=fused_device)
+    x, weight = packed[:, 8:24], torch.ones(16, device=fused_device)
+    torch.testing.assert_close(rms_norm(x, weight, eps=EPS), rms_oracle(x, weight))
+
+    from mamba_kernels.norm.fused import as_rows
+
+    assert as_rows(x).data_ptr() == x.data_ptr()
+    assert as_rows(x.unflatten(0, (5, 1))).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("stride", [1 << 9, pytest.param(1 << 29, marks=pytest.mark.gpu)])
+def test_fused_rows_far_apart(stride, fused_device):
+    """Elements past the 2^31st."""
+    if stride > 1 << 9 and fused_device == "cpu":
+        pytest.skip("takes 4 GiB of a GPU")
+    x = torch.empty(4 * stride + 16, dtype=torch.bfloat16, device=fused_device).as_strided((5, 16), (stride, 1))
+    x.copy_(randn(5, 16, device=fused_device))
+    weight = randn(16, device=fused_device, dtype=torch.float32)
+    got = outputs_and_gradients(lambda weight: rms_norm(x, weight, eps=EPS), {"weight": weight})
+    want = outputs_and_gradients(lambda weight: rms_oracle(x.double(), weight), {"weight": weight.double()})
+    assert_close(got, want, ONE_BF16_ROUNDING)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_fused_with_one_output_used(used, fused_device):
+    """The gradients through one of (norm, h) alone, and of weights only where there are any."""
+    inputs = make_inputs(4, bias=False, residual=True, device=fused_device, dtype=torch.float32)
+    inputs["residual"] = inputs["residual"].bfloat16()
+
+    def one(op):
+        return lambda **t: op(**t)[used]
+
+    want = outputs_and_gradients(one(rms_oracle), in_float64(inputs))
+    assert_close(outputs_and_gradients(one(partial(rms_norm, eps=EPS)), inputs), want, ONE_BF16_ROUNDING)
+
+
+def test_fused_keeps_only_h(fused_device):
+    inputs = make_inputs(50, bias=False, residual=True, device=fused_device, dtype=torch.float32)
+    assert saved_elements(lambda x, weight, **rest: rms_norm(x, weight, eps=EPS), inputs) == 0
+    assert saved_elements(partial(rms_norm, eps=EPS), inputs) == 50 * HIDDEN
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_fused_without_tokens(residual, fused_device):
+    inputs = make_inputs(0, bias=True, residual=residual, device=fused_device, dtype=torch.float32)
+    got = outputs_and_gradients(partial(layer_norm, eps=EPS), inputs)
+    assert got["output 0"].shape == (0, HIDDEN)
+    assert not got["gradient of weight"].any()
+    assert not got["gradient of bias"].any()
+
+
+@each_op
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,3 +211,34 @@ def test_rejects(op, oracle, bias, change, message):
     op(**arguments)
     with pytest.raises(ValueError, match=message):
         op(**arguments | change)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 200])
+def test_sum_of_rows(rows, fused_device, poisoned):
+    """Of few rows and of many, into one output or two of another dtype each."""
+    from mamba_kernels.norm.fused import sum_rows_into
+
+    partials = randn(rows, 70, device=fused_device, dtype=torch.float32)
+    for cut in (70, 11):
+        first = torch.empty(cut, dtype=torch.bfloat16, device=fused_device)
+        second = torch.empty(70 - cut, device=fused_device) if cut < 70 else None
+        sum_rows_into(partials, first, second)
+        assert_close({"": first}, {"": partials[:, :cut].double().sum(0)}, ONE_BF16_ROUNDING)
+        if second is not None:
+            assert_close({"": second}, {"": partials[:, cut:].double().sum(0)}, 1e-6)
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    norm, add_norm, backward = (backend.KERNELS[name] for name in ("norm", "add_norm", "norm_backward"))
+    x, weight = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(4096, device="meta")
+    for layer in (False, True):
+        bias = weight if layer else None
+        yield f"norm {layer}", lambda layer=layer, bias=bias: norm(x, weight, bias, EPS, layer, False)
+        yield f"add_norm {layer}", lambda layer=layer, bias=bias: add_norm(x, x.float(), weight, bias, EPS, layer, layer)
+        for g_h, residual in ((None, x), (x.float(), x.float())):
+            options = (EPS, layer, layer, x.dtype, residual.dtype)
+            yield (
+                f"backward {layer} {residual.dtype}",
+                lambda bias=bias, g_h=g_h, options=options, h=residual: backward(h, weight, bias, x, g_h, *options),
+            )

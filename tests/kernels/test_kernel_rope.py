@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, in_float64, outputs_and_gradients, randn
 
-from mamba_kernels import rope, rope_tables
+from mamba_kernels import backend, rope, rope_tables
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 2, 5, 3, 10
 BASE = 10000.0
@@ -80,6 +80,60 @@ def test_low_precision(dtype, tolerance, device):
     assert_close(got, outputs_and_gradients(oracle, in_float64(inputs)), tolerance)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["", "batched"])
+@pytest.mark.parametrize("rotary_dim", [2, 6, HEAD_DIM])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+def test_fused(rotary_dim, batched, dtype, tolerance, fused_device, poisoned):
+    """Also of tables that want gradients; rows that do not fill a block, rotated in part and whole."""
+    from mamba_kernels.rope import fused
+
+    cos, sin = (t.float() for t in tables(rotary_dim, batched, fused_device))
+    inputs = {"x": randn(BATCH, LENGTH, HEADS, HEAD_DIM, device=fused_device, dtype=dtype), "cos": cos, "sin": sin}
+    want = outputs_and_gradients(oracle, in_float64(inputs))
+    for strides in (False, True):
+        with fused.ROTATE.forced({"ROWS": 8, "num_warps": 1}):
+            assert_close(outputs_and_gradients(rope, inputs, strides=strides), want, tolerance)
+
+
+def test_fused_on_a_slice(fused_device):
+    """Of a packed projection, read where it is; without gradients of the tables x is not kept."""
+    packed = torch.full((BATCH, LENGTH, 2 * HEADS, HEAD_DIM), torch.nan, device=fused_device)
+    x = packed[:, :, HEADS:]
+    x.copy_(randn(BATCH, LENGTH, HEADS, HEAD_DIM, dtype=torch.float32, device=fused_device))
+    cos, sin = (t.float() for t in tables(4, False, fused_device))
+    assert_close({"": rope(x, cos, sin)}, {"": oracle(x.double(), cos.double(), sin.double())}, 1e-6)
+    x = x.clone().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        rope(x, cos, sin).sum().backward()
+    assert set(kept) == {cos.data_ptr(), sin.data_ptr()}
+
+    from mamba_kernels.norm.fused import unit_stride
+
+    assert unit_stride(packed[:, :, HEADS:]).data_ptr() == packed[:, :, HEADS:].data_ptr()
+
+
+@pytest.mark.parametrize("stride", [1 << 9, pytest.param(1 << 29, marks=pytest.mark.gpu)])
+def test_fused_rows_far_apart(stride, fused_device):
+    """Elements past the 2^31st."""
+    if stride > 1 << 9 and fused_device == "cpu":
+        pytest.skip("takes 4 GiB of a GPU")
+    x = torch.empty(4 * stride + HEAD_DIM, dtype=torch.bfloat16, device=fused_device)
+    x = x.as_strided((1, LENGTH, 1, HEAD_DIM), (4 * stride, stride, HEAD_DIM, 1))
+    x.copy_(randn(1, LENGTH, 1, HEAD_DIM, device=fused_device))
+    inputs = dict(zip(("cos", "sin"), (t.float() for t in tables(4, False, fused_device)), strict=True))
+    got = outputs_and_gradients(lambda cos, sin: rope(x, cos, sin), inputs)
+    want = outputs_and_gradients(lambda cos, sin: oracle(x.double(), cos, sin), in_float64(inputs))
+    assert_close(got, want, ONE_BF16_ROUNDING)
+
+
 def test_rejects():
     x, table = torch.zeros(2, 5, 3, 8), torch.zeros(5, 4)
     rope(x, table, table)
@@ -95,3 +149,13 @@ def test_rejects():
         rope_tables(torch.zeros(3), 8, BASE)
     with pytest.raises(ValueError, match="rope_tables: rotary_dim is 7, wanted a positive even number"):
         rope_tables(torch.arange(3), 7, BASE)
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    q = torch.empty(2, 4096, 48, 128, dtype=torch.bfloat16, device="meta")[:, :, :32]
+    cos = torch.empty(4096, 64, device="meta")
+    yield "rope", lambda: backend.KERNELS["rope"](q, cos, cos)
+    yield "rope_backward", lambda: backend.KERNELS["rope_backward"](q, cos, cos)
+    yield "half", lambda: backend.KERNELS["rope"](q, cos[:, :32], cos[:, :32])
+    yield "rope_tables_backward", lambda: backend.KERNELS["rope_tables_backward"](q, cos, cos, q)

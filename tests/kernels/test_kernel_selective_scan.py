@@ -23,7 +23,7 @@ from op_testing import (
     starts_in_pieces,
 )
 
-from mamba_kernels import selective_scan
+from mamba_kernels import backend, selective_scan
 
 BATCH, CHANNELS, STATE = 3, 6, 4
 
@@ -238,3 +238,18 @@ def test_rejects(change, message):
     selective_scan(**arguments)
     with pytest.raises(ValueError, match=message):
         selective_scan(**arguments | change)
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B model and of small states, for the test that compiles them without a GPU."""
+    kernels, batch, length, channels = backend.KERNELS, 1, 4096, 8192
+    for state, dtype, starts in ((128, torch.bfloat16, False), (16, torch.bfloat16, True), (16, torch.float32, False)):
+        empty = partial(torch.empty, device="meta")
+        x, _ = empty(batch, length, 2 * channels, dtype=dtype).chunk(2, -1)
+        dt, (B, C) = empty(batch, length, channels, dtype=dtype), empty(batch, length, 2 * state, dtype=dtype).chunk(2, -1)
+        A, D, dt_bias = empty(channels, state), empty(channels), empty(channels)
+        document_start = empty(batch, length, dtype=torch.bool) if starts else None
+        given = (x, dt, A, B, C, D, dt_bias, None, document_start)
+        yield f"forward {state}", lambda given=given: kernels["selective_scan"](*given, True, True)
+        kept = empty(1, 32, 128, state, 64)
+        yield f"backward {state}", lambda g=(x, None, *given, kept): kernels["selective_scan_backward"](*g, True)

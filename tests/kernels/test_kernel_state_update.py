@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_testing import EXACT, ONE_BF16_ROUNDING, assert_close, randn, strided
 
-from mamba_kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, ssd, ssd_step
+from mamba_kernels import backend, causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, ssd, ssd_step
 
 BATCH, LENGTH, PREFIX = 2, 23, 9
 
@@ -104,6 +104,116 @@ def test_updates_a_strided_state_in_place(op, step, case, options, device):
     assert_close({"y": ys, "state": state}, {"y": whole.detach(), "state": whole_state.detach()}, EXACT)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+
+
+def a_few_tokens(case, dtype):
+    """Sequences of 3 tokens, parameters and an initial state, whose values are those of `dtype` (float32 for parameters)."""
+    sequences, parameters, state_shape = case("cpu", dtype)
+    sequences = {name: t[:, :3] for name, t in sequences.items()}
+    if case is conv_case:
+        parameters = {name: t.to(dtype) for name, t in parameters.items()}
+    else:
+        # From where a step is lost beside 1 to where softplus is the identity.
+        sequences["dt"] = (20.0 * sequences["dt"]).clamp(-30.0, 30.0)
+        parameters = {name: t.float() for name, t in parameters.items()}
+    return sequences, parameters, randn(*state_shape, seed=5, dtype=dtype if case is conv_case else torch.float32)
+
+
+def to_device(tensors, device, arrange=torch.clone):
+    return {name: arrange(t.to(device)) for name, t in tensors.items()}
+
+
+@each_op
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])
+@pytest.mark.parametrize(("plain", "strides"), [(True, False), (False, True)], ids=["plain", "strided"])
+def test_fused_steps(op, step, case, options, dtype, tolerance, plain, strides, fused_device, poisoned, monkeypatch):
+    """Against the sequence in float64; in rows of two, of which the last is not full."""
+    from mamba_kernels.state_update import fused
+
+    for tunable in (fused.SSD, fused.SCAN, fused.CONV):
+        monkeypatch.setattr(tunable, "_forced", {"ROWS": 4 if tunable is fused.SCAN else 2, "num_warps": 1})
+    sequences, parameters, initial = a_few_tokens(case, dtype)
+    if plain:
+        parameters = {name: t for name, t in parameters.items() if name in ("A", "weight")}
+        options = {}
+        if "dt" in sequences:
+            sequences["dt"] = sequences["dt"].abs()
+    wide = {name: t.double() for name, t in (sequences | parameters).items()}
+    want, want_state = op(**wide, **options, initial_state=initial.double(), return_final_state=True)
+    arrange = strided if strides else torch.clone
+    state = arrange(initial.to(fused_device))
+    around, address = state.as_strided((state.untyped_storage().nbytes() // state.element_size(),), (1,), 0), state.data_ptr()
+    before = around.clone()
+    sequences, parameters = (to_device(tensors, fused_device, arrange) for tensors in (sequences, parameters))
+    kept = {name: t.clone() for name, t in (sequences | parameters).items()}
+    ys = run_steps(step, state, sequences, {name: t.requires_grad_() for name, t in parameters.items()} | options)
+    assert ys.dtype == dtype
+    assert not ys.requires_grad
+    assert_close({"y": ys, "state": state}, {"y": want.to(fused_device), "state": want_state.to(fused_device)}, tolerance)
+    assert all(torch.equal(t, kept[name]) for name, t in (sequences | parameters).items()), "an input was modified"
+    # In place, and nothing but the state.
+    assert state.data_ptr() == address
+    state.copy_(initial)
+    assert torch.equal(around.nan_to_num(nan=9.0), before.nan_to_num(nan=9.0))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_fused_conv_widths(width, fused_device):
+    sequences = {"x": randn(2, 7, 6, dtype=torch.float32)}
+    weight = randn(6, width, dtype=torch.float32)
+    initial = randn(2, width - 1, 6, dtype=torch.float32)
+    want, want_state = causal_conv1d(
+        sequences["x"].double(), weight.double(), initial_state=initial.double(), return_final_state=True
+    )
+    state = initial.to(fused_device)
+    ys = run_steps(causal_conv1d_step, state, to_device(sequences, fused_device), {"weight": weight.to(fused_device)})
+    assert_close({"y": ys.cpu(), "state": state.cpu()}, {"y": want, "state": want_state}, 1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_fused_groups(groups, fused_device):
+    sequences, parameters, state_shape = ssd_case("cpu", torch.float32, groups)
+    sequences = {name: t[:, :2] for name, t in sequences.items()}
+    wide = {name: t.double() for name, t in (sequences | parameters).items()}
+    want, want_state = ssd(**wide, **SOFTPLUS, return_final_state=True)
+    state = torch.zeros(state_shape, device=fused_device)
+    parameters = {name: t.float().to(fused_device) for name, t in parameters.items()}
+    ys = run_steps(ssd_step, state, to_device(sequences, fused_device), parameters | SOFTPLUS)
+    assert_close({"y": ys.cpu(), "state": state.cpu()}, {"y": want, "state": want_state}, 2e-6)
+
+
+def test_fused_small_steps_keep_their_digits(fused_device):
+    """softplus(dt) far below 1, where 1 + e^dt is 1 in float32, decides alone what a zero state becomes."""
+    dt = torch.tensor([[-40.0, -17.0, -8.0, -3.0, 0.0, 3.0]])
+    one = torch.ones(1, 6)
+    state = torch.zeros(1, 6, 1, device=fused_device)
+    arguments = (t.to(fused_device) for t in (one, dt, -torch.ones(6, 1), one[:, :1], one[:, :1]))
+    selective_scan_step(state, *arguments, dt_softplus=True)
+    want = torch.log1p(dt.double().exp())[..., None]
+    assert ((state.cpu().double() / want - 1).abs() < 1e-6).all()
+
+
+def test_operators(fused_device):
+    """What torch is told of them is so: that they write to the state, and shapes on fake tensors."""
+    for case, name, last in ((ssd_case, "ssd_step", True), (scan_case, "selective_scan_step", True)):
+        sequences, parameters, state_shape = case(fused_device, torch.float32)
+        x, dt, B, C = (sequences[key][:, 0] for key in ("x", "dt", "B", "C"))
+        A, D, dt_bias = (parameters[key].float() for key in ("A", "D", "dt_bias"))
+        arguments = (torch.ones(state_shape, device=fused_device), x, dt, A, B, C, D, dt_bias, last)
+        operator = getattr(torch.ops.mamba_kernels, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    sequences, parameters, state_shape = conv_case(fused_device, torch.float32)
+    state, weight = torch.ones(state_shape, device=fused_device), parameters["weight"].float()
+    arguments = (state, sequences["x"][:, 0], weight, None, True)
+    operator = torch.ops.mamba_kernels.causal_conv1d_step.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_rejects():
     x, row = torch.zeros(2, 6, 3), torch.zeros(6)
     with pytest.raises(ValueError, match=r"ssd_step: state has shape \(2, 6, 4\), wanted \[B, H, P, N\] = \(2, 6, 3, N\)"):
@@ -116,3 +226,28 @@ def test_rejects():
         causal_conv1d_step(torch.zeros(2, 4, 6), x[..., 0], torch.zeros(6, 4))
     with pytest.raises(ValueError, match="causal_conv1d_step: activation is 'gelu', wanted None or 'silu'"):
         causal_conv1d_step(torch.zeros(2, 3, 6), x[..., 0], torch.zeros(6, 4), activation="gelu")
+
+
+def compile_cases():
+    """Every kernel at the shape of the 8B models, for the test that compiles them without a GPU."""
+    kernels = backend.KERNELS
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    batch, wide = 16, torch.float32
+    packed = empty(batch, 18_560)
+    z, x, B, C, dt = packed.split([8192, 8192, 1024, 1024, 128], -1)
+    heads = [empty(128, dtype=wide) for _ in range(3)]
+    state = empty(batch, 128, 64, 128, dtype=wide)
+    grouped = [t.unflatten(-1, (8, 128)) for t in (B, C)]
+    yield "ssd", lambda: kernels["ssd_step"](state, x.unflatten(-1, (128, 64)), dt, heads[0], *grouped, *heads[1:], True)
+    channels = [empty(8192, dtype=wide) for _ in range(2)]
+    for N in (16, 128):
+        A, scanned = empty(8192, N, dtype=wide), (empty(batch, 8192, N, dtype=wide), x, z)
+        yield (
+            f"N {N}",
+            lambda A=A, scanned=scanned, N=N: kernels["selective_scan_step"](*scanned, A, B[:, :N], C[:, :N], *channels, True),
+        )
+    conv_in, window, weight, bias = packed[:, 8192:-128], empty(batch, 3, 10_240), empty(10_240, 4), empty(10_240)
+    yield "conv", lambda: kernels["causal_conv1d_step"](window, conv_in, weight, bias, True)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
+from mamba_kernels.norm.fused import as_rows
 
 SWIGLU, SQUARED_RELU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 
@@ -19,7 +20,7 @@ SWIGLU, SQUARED_RELU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4)
 def _candidates(dtype: torch.dtype) -> list[Meta]:
     return [
         {"BLOCK": block, "num_warps": warps}
-        for block, warps in ((1024, 4), (2048, 8), (2048, 4), (4096, 8), (4096, 4), (8192, 8), (512, 4))
+        for block, warps in ((2048, 8), (1024, 4), (2048, 4), (4096, 8), (4096, 4), (8192, 8), (512, 4))
     ]
 
 
@@ -28,16 +29,23 @@ BACKWARD = Tunable("activation_backward", _candidates)
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) to float32 rounding, in the fewest instructions: a division would take three more."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
 def _value(gate, up, KIND: tl.constexpr):
     """The activation of float32 `gate` (times `up`, for SwiGLU)."""
     if KIND == SWIGLU:
-        return gate * tl.sigmoid(gate) * up
+        return gate * sigmoid(gate) * up
     if KIND == SQUARED_RELU:
         positive = tl.maximum(gate, 0.0)
         return positive * positive
     if KIND == GELU:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    return gate * tl.sigmoid(2.0 * _tanh_argument(gate))
+    return gate * sigmoid(2.0 * _tanh_argument(gate))
 
 
 @triton.jit
@@ -53,7 +61,7 @@ def _slope(x, KIND: tl.constexpr):
         return 2.0 * tl.maximum(x, 0.0)
     if KIND == GELU:
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    gate, rest = tl.sigmoid(2.0 * _tanh_argument(x)), tl.sigmoid(-2.0 * _tanh_argument(x))
+    gate, rest = sigmoid(2.0 * _tanh_argument(x)), sigmoid(-2.0 * _tanh_argument(x))
     return gate + x * gate * rest * 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
 
 
@@ -79,19 +87,13 @@ def _activation_backward_kernel(
     g_out = tl.load(g_out_ptr + row * s_g_out + columns, mask=inside, other=0.0).to(tl.float32)
     if KIND == SWIGLU:
         up = tl.load(up_ptr + row * s_up + columns, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        g_up = g_out * gate * sigmoid
+        open_ = sigmoid(gate)
+        g_up = g_out * gate * open_
         tl.store(g_up_ptr + row * s_g_up + columns, g_up.to(g_up_ptr.dtype.element_ty), mask=inside)
-        g_gate = g_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        g_gate = g_out * up * open_ * (1.0 + gate * (1.0 - open_))
     else:
         g_gate = g_out * _slope(gate, KIND)
     tl.store(g_gate_ptr + row * s_g_gate + columns, g_gate.to(g_gate_ptr.dtype.element_ty), mask=inside)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[..., F] as [T, F] with the elements of a row next to each other: a view where the strides allow one."""
-    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-    return t.reshape(-1, t.shape[-1])
 
 
 def forward_into(kind: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
@@ -115,33 +117,35 @@ def backward_into(kind: int, gate: Tensor, up: Tensor, g_out: Tensor, g_gate: Te
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    forward_into(SWIGLU.value, _rows(gate), _rows(up), _rows(out))
+    forward_into(SWIGLU.value, as_rows(gate), as_rows(up), as_rows(out))
     return out
 
 
 def _swiglu_backward(gate: Tensor, up: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
     g_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g_up = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    backward_into(SWIGLU.value, *(_rows(t) for t in (gate, up, g_out, g_gate, g_up)))
+    backward_into(SWIGLU.value, *(as_rows(t) for t in (gate, up, g_out, g_gate, g_up)))
     return g_gate, g_up
 
 
 def _unary(x: Tensor, kind: int) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    forward_into(kind, _rows(x), _rows(x), _rows(out))
+    forward_into(kind, as_rows(x), as_rows(x), as_rows(out))
     return out
 
 
 def _unary_backward(x: Tensor, g_out: Tensor, kind: int) -> Tensor:
     g_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_TF, g_out_TF, g_x_TF = _rows(x), _rows(g_out), _rows(g_x)
+    x_TF, g_out_TF, g_x_TF = as_rows(x), as_rows(g_out), as_rows(g_x)
     backward_into(kind, x_TF, x_TF, g_out_TF, g_x_TF, g_x_TF)
     return g_x
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
-    ctx.kind = inputs[-1]
+    # Only through save_for_backward: what hangs on ctx otherwise, recomputation cannot let go.
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.kind = inputs[len(tensors) :]
 
 
 _swiglu_gradients = register(
@@ -158,7 +162,7 @@ swiglu = register(
 )  # fmt: skip
 _unary_activation = register(
     "unary_activation", "(Tensor x, int kind) -> Tensor", _unary, lambda x, kind: x.new_empty(x.shape),
-    setup_context=_save_inputs, backward=lambda ctx, g_out: (_unary_gradient(*ctx.saved_tensors, g_out, ctx.kind), None),
+    setup_context=_save_inputs, backward=lambda ctx, g_out: (_unary_gradient(*ctx.saved_tensors, g_out, *ctx.kind), None),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import Sizes, check_choice, check_document_start, check_tensors
 from mamba_kernels.conv1d import reference
 
@@ -36,5 +37,10 @@ def causal_conv1d(
     )  # fmt: skip
     check_document_start("causal_conv1d", sizes, document_start, x.device)
     check_choice("causal_conv1d", "activation", activation, (None, "silu"))
-    y, final_state = reference.causal_conv1d(x, weight, bias, activation == "silu", initial_state, document_start)
+    if use_fused(x):
+        from mamba_kernels.conv1d import fused
+
+        y, final_state = fused.causal_conv1d(x, weight, bias, initial_state, document_start, activation == "silu")
+    else:
+        y, final_state = reference.causal_conv1d(x, weight, bias, activation == "silu", initial_state, document_start)
     return (y, final_state) if return_final_state else y

@@ -21,18 +21,26 @@ def softmax_statistics(logits: Tensor, targets: Tensor, vocab_start: int) -> tup
 
 
 @torch.no_grad()
-def softmax_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: Tensor, vocab_start: int) -> Tensor:
+def softmax_gradient(
+    logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: Tensor, vocab_start: int, out: Tensor | None = None
+) -> Tensor:
     """`mamba_kernels.softmax_gradient` on checked arguments."""
     dtype = accumulate_dtype(logits.dtype)
     column, inside = _local_targets(logits, targets, vocab_start)
     log_sum_exp, scale = log_sum_exp.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1)
     onehot = inside.to(dtype).neg_().unsqueeze(1)
-    gradient = logits.new_empty(logits.shape)
+    gradient = logits.new_empty(logits.shape) if out is None else out
     for rows in row_blocks(logits):
         block = (logits[rows] - log_sum_exp[rows]).exp_()
         block.scatter_add_(1, column[rows].unsqueeze(1), onehot[rows])
         torch.mul(block, scale[rows], out=gradient[rows])
     return gradient
+
+
+@torch.no_grad()
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """`mamba_kernels.cross_entropy.scale_` on checked arguments."""
+    return x.mul_(factor)
 
 
 def _local_targets(logits: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import Sizes, check_tensors
 from mamba_kernels.gated_norm import reference
 
@@ -33,4 +34,8 @@ def gated_norm(
         raise ValueError(f"gated_norm: group_size is {group_size}, wanted a divisor of the {sizes['E']} channels of y")
     if sum_parts is not None and (group_size < 1 or group_size % sizes["E"]):
         raise ValueError(f"gated_norm: group_size is {group_size}, wanted a multiple of the {sizes['E']} channels of its part y")
+    if use_fused(y):
+        from mamba_kernels.gated_norm import fused
+
+        return fused.gated_norm(y, z, weight, group_size, eps, sum_parts)
     return reference.gated_norm(y, z, weight, group_size, eps, sum_parts)

@@ -1,7 +1,9 @@
 """RMSNorm and LayerNorm over the last dimension, with the residual addition that precedes them."""
 
+import torch
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import check_tensors
 from mamba_kernels.norm import reference
 
@@ -15,6 +17,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None =
     dtype or device.
     """
     check_tensors("rms_norm", {}, x=(x, "... D"), weight=(weight, "D"), residual=(residual, "... D"))
+    if use_fused(x) and not _is_float64(residual):
+        from mamba_kernels.norm import fused
+
+        if residual is None:
+            return fused.norm(x, weight, None, eps, False, False)
+        return fused.add_norm(x, residual, weight, None, eps, False, False)
     if residual is None:
         return reference.rms_norm(x, weight, eps, x.dtype)
     h = x + residual
@@ -38,7 +46,18 @@ def layer_norm(
     dtype of weight. Raises ValueError for a wrong shape, dtype or device.
     """
     check_tensors("layer_norm", {}, x=(x, "... D"), weight=(weight, "D"), bias=(bias, "D"), residual=(residual, "... D"))
+    if use_fused(x) and not _is_float64(residual):
+        from mamba_kernels.norm import fused
+
+        if residual is None:
+            return fused.norm(x, weight, bias, eps, True, zero_centered)
+        return fused.add_norm(x, residual, weight, bias, eps, True, zero_centered)
     if residual is None:
         return reference.layer_norm(x, weight, bias, eps, zero_centered, x.dtype)
     h = x + residual
     return reference.layer_norm(h, weight, bias, eps, zero_centered, x.dtype), h
+
+
+def _is_float64(residual: Tensor | None) -> bool:
+    """Whether h is float64 although x is not: what the reference alone computes."""
+    return residual is not None and residual.dtype == torch.float64

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import Sizes, check_tensors
 from mamba_kernels.rope import reference
 
@@ -37,4 +38,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_tensors("rope", sizes, x=(x, "B S H P"), cos=(cos, table), sin=(sin, table))
     if 2 * sizes["half"] > sizes["P"]:
         raise ValueError(f"rope: cos rotates {2 * sizes['half']} dimensions, wanted at most the {sizes['P']} of x's heads")
+    if use_fused(x):
+        from mamba_kernels.rope import fused
+
+        return fused.rope(x, cos, sin)
     return reference.rope(x, cos, sin)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import (
     SequenceRanks,
     Sizes,
@@ -59,6 +60,11 @@ def selective_scan(
     )  # fmt: skip
     check_document_start("selective_scan", sizes, document_start, x.device)
     ranks = spread_ranks("selective_scan", ranks, initial_state)
+    if use_fused(x) and x.numel() > 0 and B.numel() > 0:
+        from mamba_kernels.selective_scan import operators
+
+        y, final_state = operators.selective_scan(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, document_start, ranks)
+        return (y, final_state) if return_final_state else y
     dt = positive_dt(dt, dt_bias, dt_softplus, accumulate_dtype(x.dtype))
     y, final_state = reference.selective_scan(x, dt, A, B, C, D, initial_state, document_start, ranks)
     return (y, final_state) if return_final_state else y

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mamba_kernels.backend import use_fused
 from mamba_kernels.common import Sizes, check_choice, check_groups, check_tensors
 from mamba_kernels.state_update import reference
 
@@ -29,6 +30,10 @@ def ssd_step(
         C=(C, "B G N"), D=(D, "H"), dt_bias=(dt_bias, "H"),
     )  # fmt: skip
     check_groups("ssd_step", sizes)
+    if use_fused(x):
+        from mamba_kernels.state_update import fused
+
+        return fused.ssd_step(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
     return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
 
 
@@ -53,6 +58,10 @@ def selective_scan_step(
         "selective_scan_step", {}, x=(x, "B E"), state=(state, "B E N"), dt=(dt, "B E"), A=(A, "E N"), B=(B, "B N"),
         C=(C, "B N"), D=(D, "E"), dt_bias=(dt_bias, "E"),
     )  # fmt: skip
+    if use_fused(x):
+        from mamba_kernels.state_update import fused
+
+        return fused.selective_scan_step(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
     return reference.selective_scan_step(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
 
 
@@ -66,4 +75,8 @@ def causal_conv1d_step(
     """
     check_tensors("causal_conv1d_step", {}, x=(x, "B C"), weight=(weight, "C W"), state=(state, "B W-1 C"), bias=(bias, "C"))
     check_choice("causal_conv1d_step", "activation", activation, (None, "silu"))
+    if use_fused(x):
+        from mamba_kernels.state_update import fused
+
+        return fused.causal_conv1d_step(state, x, weight, bias, activation == "silu")
     return reference.causal_conv1d_step(state, x, weight, bias, activation == "silu")
