@@ -83,7 +83,7 @@ install_torch() {
   if has_torch "$venv/bin/python" "$device"; then
     echo "torch is there already"
   elif [[ $device == gpu ]]; then
-    pip_install "torch>=2.11" "triton>=3.4"
+    pip_install "torch>=2.11"
   elif [[ $(uname -s) == Linux ]] && reachable "$cpu_index/torch/"; then
     pip_install "torch==$cpu_torch" --index-url "$cpu_index"
   else

@@ -21,7 +21,7 @@ check() {
 
 check ruff "$bin/ruff" check .
 check mypy "$bin/mypy"
-check pytest "$bin/python" -m pytest -n "$workers" "$@"
+check pytest "$bin/python" -m pytest -n "$workers" --dist loadgroup "$@"
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

@@ -70,6 +70,11 @@ class ParallelConfig:
         """Number of stages of the whole pipeline."""
         return self.pp * (self.stages_per_rank or (1 if self.schedule == "1f1b" else 2))
 
+    @property
+    def defers_weights(self) -> bool:
+        """Whether the schedule puts the gradients of weights off."""
+        return self.schedule in ("zero_bubble", "zbv")
+
     def _validate_pipeline(self) -> None:
         where = f"over parallel.pp = {self.pp}"
         require(self.pp > 1 or self.schedule == "1f1b", "parallel.schedule", self.schedule, f"there is nothing to order {where}",

@@ -1,4 +1,7 @@
-"""Order of the tests: those that fork ranks come before any other, since a fork after autograd ran cannot run it again."""
+"""Order of the tests: those that fork ranks come before any other, since a fork after autograd ran cannot run it again.
+
+``--slow`` adds what takes long and proves little more: tests marked ``slow``, and more cases of others (fixture ``slow``).
+"""
 
 import os
 
@@ -8,8 +11,27 @@ import pytest
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests and every combination of settings as well")
+
+
+@pytest.fixture(scope="session")
+def slow(pytestconfig: pytest.Config) -> bool:
+    """Whether to run every case, rather than those that prove the most."""
+    return bool(pytestconfig.getoption("--slow"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ranks") is None)
+    for item in items:
+        if item.get_closest_marker("ranks") is not None:
+            # With --dist loadgroup a module's go to one worker of pytest-xdist: they share what one rank found.
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

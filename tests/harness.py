@@ -29,7 +29,7 @@ from megatron_mamba.parallel import fsdp, tensor
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.pipeline import Pipeline
 
-BATCH, LENGTH, STEPS = 4, 36, 2
+BATCH, LENGTH = 4, 36
 CLIP = 0.5
 
 
@@ -63,6 +63,7 @@ class Case:
     """Sequences a step."""
     micro_batches: int = 2
     """A step, on each data-parallel rank that gets as many sequences."""
+    steps: int = 2
     schedule: Schedule = "1f1b"
     """Of a pipeline, if the mesh has one."""
     stages_per_rank: int | None = None
@@ -87,7 +88,7 @@ def perturb(model: LanguageModel, seed: int = 5) -> None:
     slices, number = owned(model), {name: i for i, name in enumerate(parameter_table(model.config))}
     for name, parameter, row in model.table_parameters():
         noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(seed + number[name]), dtype=torch.float64)
-        fsdp.local(parameter.detach()).add_(0.2 * noise[slices[name]] * (row.shape[-1] ** -0.5 if row.decay else 1.0))
+        fsdp.local(parameter).detach().add_(0.2 * noise[slices[name]] * (row.shape[-1] ** -0.5 if row.decay else 1.0))
 
 
 def pipeline_of(case: Case, context: ParallelContext) -> Pipeline:
@@ -102,7 +103,7 @@ def pipeline_of(case: Case, context: ParallelContext) -> Pipeline:
         reshard_after_forward=case.reshard_after_forward,
         reduce_every_micro_batch=case.reduce_every_micro_batch,
         schedule=layout.schedule,
-        deferred=[] if layout.schedule in ("zero_bubble", "zbv") else None,
+        deferred=[] if layout.defers_weights else None,
     )
     stages = stages_of(Config(model=case.model, parallel=layout))
     pipeline = build_pipeline(case.model, stages, context, precision=case.precision, seed=11, recompute=case.recompute)
@@ -124,7 +125,7 @@ def share_of(case: Case, context: ParallelContext, generator: torch.Generator) -
 
 
 def train(case: Case, context: ParallelContext) -> tuple[Result, dict[str, tuple[slice, ...]]]:
-    """Two steps of (if the batch allows) several micro-batches on this rank's share of a batch of packed sequences.
+    """Steps of (if the batch allows) several micro-batches on this rank's share of a batch of packed sequences.
 
     Returns this rank's results, and where they lie in the global ones.
     """
@@ -134,7 +135,7 @@ def train(case: Case, context: ParallelContext) -> tuple[Result, dict[str, tuple
     optimizer = build_optimizer(named, parameter_table(case.model), OptimConfig(lr=1e-2))
     set_learning_rate(optimizer, 1e-2)
     generator, found = torch.Generator().manual_seed(2), {}
-    for step in range(STEPS):
+    for step in range(case.steps):
         batches = share_of(case, context, generator)
         loss = pipeline.step(batches, scale=1 / (case.batch * LENGTH), chunk_tokens=20)
         found |= {f"gradient {step} {n}": fsdp.local(p.grad).clone() for n, p in named if p.grad is not None}

@@ -13,7 +13,7 @@ from megatron_mamba.config import Config, DataConfig, TrainerConfig
 from megatron_mamba.layout import ParallelConfig, RecomputeConfig
 from megatron_mamba.model.flops import layer_flops, output_flops, projection_flops, recomputed_flops
 from megatron_mamba.model.lm import DTYPES, master_dtype
-from megatron_mamba.model.memory import DEFERRING, Sent, combined, measure
+from megatron_mamba.model.memory import Sent, combined, measure
 from megatron_mamba.model.schedule import ROUNDS, StageTime, pipeline_time
 from megatron_mamba.model.stages import Stage, rank_of
 from megatron_mamba.model.step_memory import Unit, model_pieces, units_of
@@ -226,7 +226,7 @@ def kind_seconds(config: Config, mesh: Mesh, gpu: Gpu, efficiency: float) -> dic
     found = {"embedding": {"compute": StageTime(0, 0)}, "output": {"compute": StageTime(3 * output_flops(model) / second, 0)}}
     for kind in {*model.layers}:
         forward = layer_flops(model, kind, length)
-        weights = projection_flops(model, kind) if config.parallel.schedule in DEFERRING else 0.0
+        weights = projection_flops(model, kind) if config.parallel.defers_weights else 0.0
         backward = 2 * forward + recomputed_flops(config, kind) - weights
         found[kind] = {"compute": StageTime(forward / second, backward / second, weights / second)}
     for kind, sent in traffic(config).items():

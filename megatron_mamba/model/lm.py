@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         labels_BS: Tensor | None = None,
         document_start_BS: Tensor | None = None,
         scale: float = 1.0,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 0,
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         Over cp ranks all of these are this rank's pieces, `[B, S / cp]`; so is the loss. A stage of a pipeline but the first
         takes, in place of token ids, and a stage but the last returns, the residual stream `[T, D]` (`[t, D]` with sequence
         parallelism), in the compute dtype; each wants `labels`. Raises ValueError for a number of tokens that sequence
-        parallelism cannot split evenly, and for a cache over cp ranks.
+        parallelism cannot split evenly, and for a cache, or `last_only`, over cp ranks.
         """
         shaped = tokens_BS if self.stage.is_first or labels_BS is None else labels_BS
         if self.context.sequence_parallel and shaped.numel() % self.context.size("tp"):
@@ -129,7 +129,9 @@ class LanguageModel(nn.Module):
                 f"{shaped.numel()} tokens cannot be split over {self.context.size('tp')} ranks by sequence parallelism: "
                 "make batch x length a multiple, or use a context without it"
             )
-        info = self._sequence_info(shaped, document_start_BS, cache, last_only)
+        if self.context.size("cp") > 1 and (cache is not None or last_only):
+            raise ValueError("a cache, and last_only, want whole sequences on a rank: generate with a context of cp = 1")
+        info = self._sequence_info(shaped, document_start_BS, cache)
         x = self.embedding(tokens_BS.flatten()) if self.stage.is_first else tokens_BS
         for i, layer in enumerate(self.layers.values()):
             x = layer(x, info, cache.layers[i] if cache else None)
@@ -177,13 +179,9 @@ class LanguageModel(nn.Module):
         """After the last backward pass of a step: sum the gradients that FSDP has not."""
         fsdp.sum_replicated_gradients(self.apart(), self.partial_over_tp(), self.context)
 
-    def _sequence_info(
-        self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None, last_only: bool
-    ) -> SequenceInfo:
+    def _sequence_info(self, tokens: Tensor, document_start: Tensor | None, cache: Cache | None) -> SequenceInfo:
         batch, length = tokens.shape
         offset = cache.offset if cache else self.context.rank("cp") * length
-        if self.context.size("cp") > 1 and (cache is not None or last_only):
-            raise ValueError("a cache, and last_only, want whole sequences on a rank: generate with a context of cp = 1")
         if cache is not None and offset + length > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} tokens is full: {offset} used, {length} more given; make a larger one")
         if cache is not None and document_start is not None:
@@ -264,7 +262,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     def fill(entry: tuple[str, nn.Parameter, parameters.ParameterSpec]) -> None:
         _, parameter, row = entry
         index = tensor.owned_slices(row.shape, row.split_dim, row.units, model.context, sharded=not row.fp32)
-        fsdp.local(parameter.detach()).copy_(parameters.initial_values(row, seed, index, parameter.dtype))
+        fsdp.local(parameter).detach().copy_(parameters.initial_values(row, seed, index, parameter.dtype))
 
     entries = list(model.table_parameters())
     drawn = [entry for entry in entries if entry[2].init.kind in parameters.DRAWN]

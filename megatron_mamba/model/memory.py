@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamba_kernels.common
+from mamba_kernels import backend
 from megatron_mamba.config import MIXER_KINDS, Config, ModelConfig
 from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
 from megatron_mamba.model.lm import DTYPES, LanguageModel, master_dtype
@@ -23,9 +24,7 @@ from megatron_mamba.parallel.fsdp import local
 
 SCANS = {"mamba2": (1024, 2048), "mamba": (128, 256)}
 """Layers whose reference kernels loop over the sequence are run on two shorter ones, of whole chunks: what they hold grows
-linearly with length."""
-DEFERRING = ("zero_bubble", "zbv")
-"""Schedules that put the gradients of weights off."""
+linearly with length. The fused kernels need no such thing."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,8 @@ def _like(t: Tensor, dtype: torch.dtype | None = None, shared: int = 1) -> Tenso
 
 
 @contextmanager
-def _as_on_a_gpu(shortened: int) -> Iterator[None]:
-    """Attention computed as there (on meta tensors torch would make the S x S matrix, or leave out what its kernels use); and
+def _as_on_a_gpu(shortened: int, dtype: torch.dtype) -> Iterator[None]:
+    """Fused kernels in a 16-bit `dtype`, attention computed as there (on meta tensors torch would make the S x S matrix, or leave out what its kernels use); and
     for a sequence `shortened` times, kernels that work in blocks of a fixed size take that much smaller ones."""
     common, attend = mamba_kernels.common, F.scaled_dot_product_attention
     cores = ring_attention._core, ring_attention._core_backward
@@ -139,29 +138,39 @@ def _as_on_a_gpu(shortened: int) -> Iterator[None]:
         common.DEVICE_BLOCK_ELEMENTS = max(blocks // shortened, 1)
         setattr(F, attend.__name__, fused)
         vars(ring_attention).update(_core=core, _core_backward=core_backward)
-        yield
+        with backend.meta_stands_for("cuda" if _is_fused(dtype) else "cpu"):
+            yield
     finally:
         common.DEVICE_BLOCK_ELEMENTS = blocks
         setattr(F, attend.__name__, attend)
         vars(ring_attention).update(_core=cores[0], _core_backward=cores[1])
 
 
+def _is_fused(dtype: torch.dtype) -> bool:
+    """Whether a model of this compute dtype is counted with the fused kernels: 16-bit ones, which train on GPUs."""
+    return dtype.itemsize == 2 and backend.AVAILABLE
+
+
+def one_layer(config: ModelConfig, kind: str) -> ModelConfig:
+    """The model with one layer of `kind`; of another part ("embedding", "output"), with an MLP."""
+    return replace(config, pattern=next((letter for letter, name in MIXER_KINDS.items() if name == kind), "-"))
+
+
 def measure(config: Config, kind: str) -> Piece:
     """Run one layer of `kind` ("mamba2", ...), the "embedding", or the final norm and "output", forward and backward on the
     meta device as one of the tp and cp ranks of `config` does."""
-    letter = next((letter for letter, name in MIXER_KINDS.items() if name == kind), "-")
     parallel, trainer = config.parallel, config.trainer
     layout = ParallelConfig(
         cp=parallel.cp,
         tp=parallel.tp,
         sequence_parallel=parallel.sequence_parallel,
-        schedule="zero_bubble" if parallel.schedule in DEFERRING else "1f1b",
+        schedule="zero_bubble" if parallel.defers_weights else "1f1b",
     )
     batch, length = trainer.micro_batch_size, config.data.seq_length // parallel.cp
     recompute = getattr(config.recompute, kind, "none")
-    model = replace(config.model, name="", pattern=letter)
+    model = replace(one_layer(config.model, kind), name="")
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch)
-    lengths = SCANS.get(kind, (length, length))
+    lengths = (length, length) if _is_fused(DTYPES[trainer.precision]) else SCANS.get(kind, (length, length))
     if length <= lengths[1]:
         return _run(*arguments, length, 1)
     small, large = (_run(*arguments, short, length // short) for short in lengths)
@@ -216,11 +225,11 @@ def _run(
         model = LanguageModel(config, context, master, uniform)
         sharded, apart = cast_weights(model, dtype)
         tokens = torch.zeros(batch, length, dtype=torch.int64, device="meta")
-        info = model._sequence_info(tokens, None, None, False)
+        info = model._sequence_info(tokens, None, None)
         seed, one = torch.zeros((), dtype=master, device="meta", requires_grad=True), torch.ones((), dtype=master, device="meta")
         shape = (batch * length // (layout.tp if layout.sequence_parallel else 1), config.hidden_size)
         at_end: list[int] = []
-        with _as_on_a_gpu(shortened), ledger:
+        with _as_on_a_gpu(shortened, dtype), ledger:
             ledger.moment = "forward"
             x = _Enter.apply(seed, shape, dtype, lambda: at_end.append(ledger.now))
             if kind == "embedding":

@@ -17,7 +17,7 @@ from megatron_mamba.model.parameters import ParameterSpec
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.linear import column_parallel
-from megatron_mamba.parallel.ring_attention import Schedule
+from megatron_mamba.parallel.ring_attention import Ring
 
 
 class TableModule(nn.Module):
@@ -81,7 +81,7 @@ class SequenceInfo:
     offset: int = 0
     start: Tensor | None = None
     rope: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    ring: Schedule | None = field(default=None, repr=False)
+    ring: Ring | None = field(default=None, repr=False)
 
     @cached_property
     def documents(self) -> list[list[int]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -168,7 +170,8 @@ def vocabulary(config: ModelConfig) -> list[ParameterSpec]:
 MIXER_ROWS = {"mamba2": mamba2, "mamba": mamba, "attention": attention, "mlp": mlp}
 
 
-def parameter_table(config: ModelConfig) -> dict[str, ParameterSpec]:
+@cache
+def parameter_table(config: ModelConfig) -> Mapping[str, ParameterSpec]:
     """Every parameter of the model by its full name, in order of use. Rows carry the full name."""
     groups = [("embedding", vocabulary(config))]
     for i, kind in enumerate(config.layers):

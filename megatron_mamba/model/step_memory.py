@@ -16,7 +16,7 @@ import torch
 
 from megatron_mamba.config import Config
 from megatron_mamba.model.lm import DTYPES, master_dtype
-from megatron_mamba.model.memory import DEFERRING, Piece, measure
+from megatron_mamba.model.memory import Piece, measure
 from megatron_mamba.model.schedule import ROUNDS
 from megatron_mamba.model.stages import Stage, rank_of
 from megatron_mamba.parallel.dry_run import allocated, pipeline_actions
@@ -179,7 +179,7 @@ def _pipelined(config: Config, ranks: int, micro_batches: int, stages: Sequence[
             step.gather_all()
         elif kind == "RESHARD":
             step.reshard_all()
-        if kind == "W" or (kind == "B" and parallel.schedule in DEFERRING):
+        if kind == "W" or (kind == "B" and parallel.defers_weights):
             step.compute_weights()
         to_come[index] -= kind in ("B", "W")
         if not to_come[index]:

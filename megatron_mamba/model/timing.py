@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from megatron_mamba.config import MIXER_KINDS, Config
+from megatron_mamba.config import Config
 from megatron_mamba.model.lm import DTYPES, LanguageModel, master_dtype
-from megatron_mamba.model.memory import cast_weights
+from megatron_mamba.model.memory import cast_weights, one_layer
 from megatron_mamba.model.parameters import initial_values
 from megatron_mamba.parallel import tensor
 from megatron_mamba.parallel.collectives import reduce_
@@ -59,9 +58,8 @@ def _synchronize(device: torch.device) -> None:
 def _part(config: Config, context: ParallelContext, kind: str) -> Callable[[], None]:
     """A function that runs one layer of `kind`, the "embedding", or the final norm and "output", forward and backward."""
     trainer, device = config.trainer, context.device
-    letter = next((letter for letter, name in MIXER_KINDS.items() if name == kind), "-")
     dtype = DTYPES[trainer.precision]
-    model = LanguageModel(replace(config.model, pattern=letter), context, master_dtype(trainer.precision), config.recompute)
+    model = LanguageModel(one_layer(config.model, kind), context, master_dtype(trainer.precision), config.recompute)
     ends: dict[str, list[nn.Module]] = {"embedding": [model.embedding], "output": [model.final_norm, model.output]}
     parts = ends.get(kind, [*model.layers.children()])
     used = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -69,7 +67,7 @@ def _part(config: Config, context: ParallelContext, kind: str) -> Callable[[], N
     for part in parts:
         part.to_empty(device=device)
     for parameter, row in table:
-        weight = local(parameter.detach())
+        weight = local(parameter).detach()
         if row.fp32:
             index = tensor.owned_slices(row.shape, row.split_dim, row.units, context, sharded=False)
             weight.copy_(initial_values(row, config.run.seed, index, weight.dtype))
@@ -78,7 +76,7 @@ def _part(config: Config, context: ParallelContext, kind: str) -> Callable[[], N
     cast_weights(model, dtype)
     piece = config.data.seq_length // context.size("cp")
     tokens = torch.randint(config.model.vocab_size, (trainer.micro_batch_size, piece), device=device)
-    info = model._sequence_info(tokens, None, None, False)
+    info = model._sequence_info(tokens, None, None)
     rows = tokens.numel() // (context.size("tp") if context.sequence_parallel else 1)
     x, grad = torch.randn(2, rows, config.model.hidden_size, dtype=dtype, device=device)
     x.requires_grad_()

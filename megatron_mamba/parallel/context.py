@@ -26,6 +26,8 @@ class ParallelContext:
     device: torch.device
     shard_mesh: DeviceMesh
     """The ranks over which FSDP shards: those of dp_shard and cp."""
+    tp_mesh: DeviceMesh
+    """The ranks over which parameters are split."""
     sequence_parallel: bool = False
     """The residual stream is split over tp by tokens."""
     reshard_after_forward: bool = True
@@ -73,11 +75,12 @@ class ParallelContext:
             mesh,
             device,
             shard_mesh,
+            mesh["tp"],
             sequence_parallel=config.sequence_parallel,
             reshard_after_forward=config.reshard_after_forward,
             reduce_every_micro_batch=config.reduce_gradients == "micro_batch",
             schedule=config.schedule,
-            deferred=[] if config.schedule in ("zero_bubble", "zbv") else None,
+            deferred=[] if config.defers_weights else None,
         )
 
     def size(self, dimension: str) -> int:

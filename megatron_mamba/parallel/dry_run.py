@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mamba_kernels import backend
 from megatron_mamba.layout import ParallelConfig
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.pipeline import SCHEDULES
@@ -68,6 +69,9 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mamba_kernels":
+            with self:  # What its kernels allocate counts too.
+                return backend.allocate(func._schema.name.removeprefix("mamba_kernels::"), args)
         out = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._send(func, args)

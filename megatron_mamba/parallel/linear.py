@@ -79,8 +79,9 @@ class _Later:
     @classmethod
     def of(cls, weights: Sequence[Tensor], x: Tensor, context: ParallelContext) -> _Later | None:
         """None where there is nothing to put off: no such place, or no backward pass of `x` that could do it."""
-        wanted = context.deferred is not None and torch.is_grad_enabled() and x.requires_grad
-        return cls(weights, context.deferred) if wanted and context.deferred is not None else None
+        if context.deferred is None or not (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        return cls(weights, context.deferred)
 
     def compute(self, gradient: Callable[[], Tensor]) -> None:
         """Have the gradient of the concatenated weights added to theirs, later."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
+from megatron_mamba.parallel.collectives import Pending
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.sequence import all_to_all, start_shift
 
@@ -36,11 +37,11 @@ class Block(NamedTuple):
     """Position i of the queries sees keys up to its own; otherwise all."""
 
 
-Schedule = list[list[Block]]
+Ring = list[list[Block]]
 """What this rank computes with the chunks of each rank of the ring."""
 
 
-def schedule(batch: int, length: int, starts: Sequence[Sequence[int]] | None, context: ParallelContext) -> Schedule:
+def schedule(batch: int, length: int, starts: Sequence[Sequence[int]] | None, context: ParallelContext) -> Ring:
     """What this rank computes, for pieces of `length` tokens.
 
     `starts`: for each row of the batch the positions in the whole sequence at which documents start, in order (0 may be
@@ -51,7 +52,7 @@ def schedule(batch: int, length: int, starts: Sequence[Sequence[int]] | None, co
     for chunk in range(2 * ranks):
         bounds.append(bounds[-1] + _chunk_size(length, chunk))
     rows = [slice(0, batch)] if starts is None else [slice(i, i + 1) for i in range(batch)]
-    found: Schedule = []
+    found: Ring = []
     for other in range(ranks):
         blocks = []
         for row in rows:
@@ -63,7 +64,7 @@ def schedule(batch: int, length: int, starts: Sequence[Sequence[int]] | None, co
     return found
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Schedule, context: ParallelContext) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Ring, context: ParallelContext) -> Tensor:
     """Causal attention: q `[B, s, H, P]`, k and v `[B, s, K, P]`, this rank's pieces -> `[B, s, H, P]`. K divides H."""
     output: Tensor = _RingAttention.apply(q, k, v, blocks, context.group("cp"))
     return output
@@ -125,9 +126,7 @@ def _deal(x: Tensor, group: dist.ProcessGroup, *, back: bool = False) -> Tensor:
         of[source(chunk)] += per_token * _chunk_size(length, chunk)
     sent = torch.cat([parts[chunk].flatten() for chunk in sorted(held, key=lambda c: (target(c), c))])
     received = torch.empty_like(sent)
-    work = all_to_all(received, sent, of, to, group)
-    if work is not None:
-        work.wait()
+    Pending(received, all_to_all(received, sent, of, to, group)).wait()
     order = sorted(wanted, key=lambda c: (source(c), c))
     pieces = received.split([per_token * _chunk_size(length, chunk) for chunk in order])
     found = {chunk: flat.view(x.shape[0], -1, *x.shape[2:]) for chunk, flat in zip(order, pieces, strict=True)}
@@ -137,7 +136,7 @@ def _deal(x: Tensor, group: dist.ProcessGroup, *, back: bool = False) -> Tensor:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Schedule, group: dist.ProcessGroup
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Ring, group: dist.ProcessGroup
     ) -> Tensor:
         heads, kv_heads = q.shape[2], k.shape[2]
         # [B, H, s, P] from here on, as the cores want it.

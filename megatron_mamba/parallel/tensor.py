@@ -29,7 +29,7 @@ def declare(
     if split_dim is not None and is_split(split_dim, units, context):
         sizes[split_dim] //= context.size("tp")
         placement = Shard(split_dim)
-    return DTensor.from_local(torch.empty(sizes, dtype=dtype, device="meta"), context.mesh["tp"], [placement], run_check=False)
+    return DTensor.from_local(torch.empty(sizes, dtype=dtype, device="meta"), context.tp_mesh, [placement], run_check=False)
 
 
 def local_part(parameter: Tensor, split_dim: int | None, units: int, context: ParallelContext) -> Tensor:

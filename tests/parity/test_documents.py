@@ -1,12 +1,13 @@
-"""Packed documents, spread over cp ranks or not, train as the same documents one by one: losses of tokens and every gradient."""
+"""Packed documents, spread over cp ranks or not, train as the same documents alone: losses of tokens and every gradient."""
 
 from __future__ import annotations
 
 import math
 import random
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -73,16 +74,18 @@ def prepared(config: ModelConfig, context: ParallelContext) -> LanguageModel:
 
 
 def one_by_one(config: ModelConfig, context: ParallelContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses of the tokens and summed gradients, each document being a batch of its own."""
+    """Losses of the tokens and summed gradients, each document being a row of its own, with others of its length."""
     model, (tokens, labels, _) = prepared(config, context), batch()
-    losses = torch.zeros(tokens.shape, dtype=torch.float64)
+    losses, places = torch.zeros(tokens.shape, dtype=torch.float64), defaultdict(list)
     for row, documents in enumerate(ROWS):
-        borders = [0, *torch.tensor(documents).cumsum(0).tolist()]
-        for span in (slice(begin, end) for begin, end in pairwise(borders)):
-            t, answers = tokens[row : row + 1, span], labels[row : row + 1, span]
-            with torch.no_grad():
-                losses[row : row + 1, span] = losses_of(model(t), answers)
-            model(t, labels_BS=answers).backward()
+        for begin, end in pairwise(accumulate(documents, initial=0)):
+            places[end - begin].append((row, slice(begin, end)))
+    for spans in places.values():
+        t, answers = (torch.stack([values[span] for span in spans]) for values in (tokens, labels))
+        with torch.no_grad():
+            for span, found in zip(spans, losses_of(model(t), answers), strict=True):
+                losses[span] = found
+        model(t, labels_BS=answers).backward()
     return losses, gradients_of(model)
 
 

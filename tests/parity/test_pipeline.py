@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -132,9 +132,9 @@ MESHES = {"pp2": {"pp": 2}, "pp2 dp2": {"pp": 2, "dp_shard": 2}}
 def test_planted_bugs_show(mesh: str, record_property: Callable[[str, object], None]) -> None:
     """Each bug by more than 1e-6 where it must; the same training without it by no more than 1e-10."""
     bugs = BUGS[mesh]
-    cases = {name: case_of(schedule) for name, (_, schedule, _) in bugs.items()}
-    sound = {f"sound: {schedule}": case_of(schedule) for _, schedule, _ in bugs.values()}
-    (one,) = train_alone([case_of()])
+    cases = {name: case_of(schedule, steps=1) for name, (_, schedule, _) in bugs.items()}
+    sound = {f"sound: {schedule}": case_of(schedule, steps=1) for _, schedule, _ in bugs.values()}
+    (one,) = train_alone([case_of(steps=1)])
     within = {name: planted() for name, (planted, _, _) in bugs.items()}
     found = compare_training(cases | sound, MESHES[mesh], dict.fromkeys(cases | sound, one), within)
     record_property("planted", {f"{name} ({mesh})": found[name] for name in bugs})
@@ -148,23 +148,21 @@ def test_planted_bugs_show(mesh: str, record_property: Callable[[str, object], N
 
 
 @pytest.mark.parametrize(
-    ("pattern", "schedule", "sizes"),
-    [("M|*-m-", "1f1b", {"pp": 2}), ("M*|-|m-M|*", "zbv", {"pp": 2}), ("-M|m|*|-", "1f1b", {"pp": 4})],
+    ("pp", "patterns"), [(2, {"M|*-m-": "1f1b", "M*|-|m-M|*": "zbv"}), (4, {"-M|m|*|-": "1f1b"})], ids=["pp2", "pp4"]
 )
-def test_uneven_stages(pattern: str, schedule: str, sizes: dict[str, int]) -> None:
+def test_uneven_stages(pp: int, patterns: dict[str, str]) -> None:
     """Stages that end where the pattern's borders are."""
-    case = case_of(schedule, model=replace(MODEL, pattern=pattern))
-    (expected,) = train_alone([case])
-    found = compare_training({"case": case}, sizes, {"case": expected})["case"]
-    assert max(found.values()) <= 1e-10, found
+    cases = {pattern: case_of(schedule, model=replace(MODEL, pattern=pattern)) for pattern, schedule in patterns.items()}
+    expected = dict(zip(cases, train_alone(cases.values()), strict=True))
+    found = compare_training(cases, {"pp": pp}, expected)
+    assert max(max(figures.values()) for figures in found.values()) <= 1e-10, found
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
-def test_weights_kept_through_a_step(schedule: str) -> None:
-    case = case_of(schedule, reshard_after_forward=False)
-    (expected,) = train_alone([case])
-    found = compare_training({"case": case}, MESHES["pp2 dp2"], {"case": expected})["case"]
-    assert max(found.values()) <= 1e-10, found
+def test_weights_kept_through_a_step() -> None:
+    cases = {schedule: case_of(schedule, reshard_after_forward=False) for schedule in ("1f1b", "zbv")}
+    (expected,) = train_alone([case_of()])
+    found = compare_training(cases, MESHES["pp2 dp2"], dict.fromkeys(cases, expected))
+    assert max(max(figures.values()) for figures in found.values()) <= 1e-10, found
 
 
 def several(case: Case, context: ParallelContext) -> list[float]:
@@ -182,18 +180,30 @@ def several(case: Case, context: ParallelContext) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_validation_and_another_number_of_micro_batches(schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "schedules"),
+    [
+        ({"pp": 2}, ["1f1b", "zero_bubble", "zero_bubble, one stage a rank"]),
+        ({"pp": 2, "tp": 2}, ["interleaved"]),
+        ({"pp": 2, "cp": 2}, ["zbv"]),
+    ],
+    ids=str,
+)
+def test_validation_and_another_number_of_micro_batches(sizes: dict[str, int], schedules: list[str]) -> None:
     """Forward passes alone find one rank's losses, and so do steps after them and steps of fewer micro-batches."""
-    sizes = {"pp": 2, "cp": 2} if schedule == "zbv" else {"pp": 2, "tp": 2} if schedule == "interleaved" else {"pp": 2}
-    case = case_of(schedule, sequence_parallel=True)
+    cases = {schedule: case_of(schedule, sequence_parallel=True) for schedule in schedules}
     with tempfile.TemporaryDirectory() as folder:
-        on_ranks({}, lambda context: torch.save(several(case, context), f"{folder}/one"))
-        on_ranks(sizes, lambda context: torch.save(several(case, context), f"{folder}/{context.global_rank}"))
+
+        def body(context: ParallelContext) -> None:
+            torch.save({name: several(case, context) for name, case in cases.items()}, f"{folder}/{context.global_rank}")
+
+        on_ranks({}, lambda context: torch.save(several(case_of(), context), f"{folder}/one"))
+        on_ranks(sizes, body)
         expected = torch.load(f"{folder}/one")
         assert len(set(expected)) == len(expected)
         for rank in range(math.prod(sizes.values())):
-            assert torch.load(f"{folder}/{rank}") == pytest.approx(expected, rel=1e-12)
+            found = torch.load(f"{folder}/{rank}")
+            assert found == {name: pytest.approx(expected, rel=1e-12) for name in cases}
 
 
 @pytest.mark.parametrize(
@@ -302,25 +312,27 @@ def test_lower_precision_is_summed_in_fp32(mesh: str) -> None:
     plain = {name: size for name, size in sizes.items() if name != "pp"}
     cases = {schedule: case_of(schedule, precision="bf16") for schedule in ("1f1b", "zbv")}
     cases["planted"] = cases["zbv"]
-    expected = whole_gradients(cases["1f1b"], plain)
-    for name, case in cases.items():
-        with patch.object(fsdp, "keep_deferred", lambda _: None) if name == "planted" else patch.object(fsdp, "local", fsdp.local):
-            found = whole_gradients(case, sizes)
+    expected = whole_gradients({"plain": cases["1f1b"]}, plain)["plain"]
+    for name, found in whole_gradients(cases, sizes).items():
         assert found.keys() == expected.keys()
         errors = {key: ((found[key] - value).norm() / value.norm()).item() for key, value in expected.items()}
         assert (max(errors.values()) <= 1e-6) == (name != "planted"), (name, errors)
 
 
-def whole_gradients(case: Case, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Gradients of one step by name and data-parallel rank."""
+def whole_gradients(cases: dict[str, Case], sizes: dict[str, int]) -> dict[str, dict[str, Tensor]]:
+    """Of each case, gradients of one step by name and data-parallel rank."""
     with tempfile.TemporaryDirectory() as folder:
 
+        def gradients(name: str, context: ParallelContext) -> dict[str, Tensor]:
+            pipeline = pipeline_of(cases[name], context)
+            batches = share_of(cases[name], context, torch.Generator().manual_seed(1))
+            with patch.object(fsdp, "keep_deferred", lambda _: None) if name == "planted" else nullcontext():
+                pipeline.step(batches, scale=1e-3, chunk_tokens=20)
+            return {f"{key} {context.dp_rank}": fsdp.local(p.grad) for key, p in pipeline.named_parameters()}
+
         def body(context: ParallelContext) -> None:
-            pipeline = pipeline_of(case, context)
-            pipeline.step(share_of(case, context, torch.Generator().manual_seed(1)), scale=1e-3, chunk_tokens=20)
-            named = {f"{name} {context.dp_rank}": fsdp.local(p.grad) for name, p in pipeline.named_parameters()}
-            torch.save(named, f"{folder}/{context.global_rank}")
+            torch.save({name: gradients(name, context) for name in cases}, f"{folder}/{context.global_rank}")
 
         on_ranks(sizes, body)
         parts = [torch.load(f"{folder}/{rank}") for rank in range(math.prod(sizes.values()))]
-    return {key: value for part in parts for key, value in part.items() if value.numel()}
+    return {name: {k: g for part in parts for k, g in part[name].items() if g.numel()} for name in cases}

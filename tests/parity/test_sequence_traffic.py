@@ -1,4 +1,7 @@
-"""What a layer sends over cp ranks, counted in real collectives: for scans nothing that grows with the sequence."""
+"""What a layer sends over cp ranks, counted in real collectives: for scans nothing that grows with the sequence.
+
+``--slow`` counts it for 64K tokens too.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,10 @@ from tiny import tiny
 
 pytestmark = pytest.mark.ranks
 
-RANKS, LENGTHS = 4, (1024, 8192, 65536)
-SHORT = (1024, 8192)
-"""For attention, whose work is quadratic."""
+RANKS, LENGTHS, LONG = 4, (1024, 8192), 65536
 MODELS = {kind: tiny(kind, vocab_size=60, mamba2={"d_inner": 64}) for kind in "Mm*-"}
 WIDTH = 4
 """Bytes of an element: float32, also of states and of gradients."""
-
-
-def lengths(kind: str) -> tuple[int, ...]:
-    return SHORT if kind == "*" else LENGTHS
 
 
 class Sent(TorchDispatchMode):
@@ -72,17 +69,17 @@ def sent_by_a_layer(kind: str, length: int, context: ParallelContext) -> int:
     return sum(sent.bytes.values())
 
 
-def measured() -> dict[str, list[list[int]]]:
+def measured(lengths: dict[str, tuple[int, ...]]) -> dict[str, list[list[int]]]:
     """By kind and length, what each rank sends."""
     with tempfile.TemporaryDirectory() as folder:
 
         def body(context: ParallelContext) -> None:
-            found = {kind: [sent_by_a_layer(kind, length, context) for length in lengths(kind)] for kind in MODELS}
+            found = {kind: [sent_by_a_layer(kind, length, context) for length in some] for kind, some in lengths.items()}
             torch.save(found, f"{folder}/{context.global_rank}")
 
         on_ranks({"cp": RANKS}, body)
         ranks = [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
-    return {kind: [[rank[kind][i] for rank in ranks] for i in range(len(lengths(kind)))] for kind in MODELS}
+    return {kind: [[rank[kind][i] for rank in ranks] for i in range(len(some))] for kind, some in lengths.items()}
 
 
 def halo_and_states(kind: str, rank: int) -> int:
@@ -115,16 +112,18 @@ def all_to_all(kind: str, length: int) -> int:
     return WIDTH * 2 * length // RANKS * a_token * (RANKS - 1) // RANKS
 
 
-def test_bytes_sent_by_a_layer(record_property: Callable[[str, object], None]) -> None:
-    found = measured()
+def test_bytes_sent_by_a_layer(slow: bool, record_property: Callable[[str, object], None]) -> None:
+    # The work of attention is quadratic.
+    lengths = {kind: (*LENGTHS, LONG) if slow and kind != "*" else LENGTHS for kind in MODELS}
+    found = measured(lengths)
     for rank in range(RANKS):
         for kind in "Mm":
-            assert [at[rank] for at in found[kind]] == [halo_and_states(kind, rank)] * len(LENGTHS), (kind, rank, found[kind])
-        assert [at[rank] for at in found["*"]] == [ring(length, rank) for length in SHORT], (rank, found["*"])
-        assert [at[rank] for at in found["-"]] == [0, 0, 0]
+            assert [at[rank] for at in found[kind]] == [halo_and_states(kind, rank)] * len(lengths[kind]), (kind, rank, found[kind])
+        assert [at[rank] for at in found["*"]] == [ring(length, rank) for length in LENGTHS], (rank, found["*"])
+        assert [at[rank] for at in found["-"]] == [0] * len(lengths["-"])
     lines = {}
     for kind in "Mm":
-        ours, theirs = ([max(at) for at in found[kind]], [all_to_all(kind, length) for length in LENGTHS])
-        lines[kind] = {length: (a, b) for length, a, b in zip(LENGTHS, ours, theirs, strict=True)}
+        ours, theirs = ([max(at) for at in found[kind]], [all_to_all(kind, length) for length in lengths[kind]])
+        lines[kind] = {length: (a, b) for length, a, b in zip(lengths[kind], ours, theirs, strict=True)}
         assert all(a * 8 < b for a, b in list(lines[kind].values())[1:])
     record_property("cp traffic", lines)

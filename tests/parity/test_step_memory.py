@@ -61,9 +61,8 @@ CASES: list[tuple[dict[str, int], int, list[str]]] = [
 ]
 LONG = "model.pattern=M-*m-M-*"
 PIPELINES: list[tuple[dict[str, int], int, list[str]]] = [
-    ({"pp": 2}, 4, [LONG]),
-    ({"pp": 4}, 9, [LONG]),
-    ({"pp": 2}, 12, [LONG, "trainer.precision=fp32"]),
+    ({"pp": 4}, 6, [LONG]),
+    ({"pp": 2}, 9, [LONG, "trainer.precision=fp32"]),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.reshard_after_forward=false", "recompute=full"]),
     ({"pp": 2, "cp": 4, "tp": 2}, 4, [LONG, SP, "recompute=selective"]),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.schedule=interleaved"]),

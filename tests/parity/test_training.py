@@ -1,12 +1,14 @@
 """N ranks train as one rank does: loss, every gradient, gradient norm and the weights after two steps, in float64.
 
-Each test is a mesh and runs all patterns. Over data- and tensor-parallel ranks each pattern runs with and without sequence
-parallelism and with every kind of recomputation; over context-parallel ranks and pipelines without recomputation and with one
-kind of it, in turn.
+Each test is a mesh and runs all patterns. Settings take turns over patterns and meshes. Tensor-parallel ranks run each pattern with
+every kind of recomputation, once with and once without sequence parallelism; data-parallel ranks, context-parallel ranks and
+pipelines without recomputation and with one kind of it; context parallelism or pipelines together with something else, one of
+these. With ``--slow`` tensor- and data-parallel ranks run all combinations, the others both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 
@@ -82,34 +84,44 @@ def one_rank() -> Alone:
     return dict(zip(cases, train_alone(cases.values()), strict=True))
 
 
+def settings(turn: int, tp: bool, slow: bool) -> Iterator[tuple[str, bool]]:
+    """The kinds of recomputation, each with whether there is sequence parallelism, of a pattern on a mesh."""
+    if slow:
+        yield from product(RECOMPUTE, (False, True) if tp else (False,))
+    elif tp:
+        yield from ((recompute, bool((turn + kind) % 2)) for kind, recompute in enumerate(RECOMPUTE))
+    else:
+        yield from (("none", False), (("selective", "full")[turn % 2], False))
+
+
 @pytest.mark.parametrize("mesh", MESHES)
-def test_ranks_train_as_one(mesh: str, one_rank: Alone, record_property: Callable[[str, object], None]) -> None:
-    cases, expected = {}, {}
-    for pattern in LONGER:
-        for recompute, config in RECOMPUTE.items():
-            for sequence_parallel in (False, True) if "tp" in MESHES[mesh] else (False,):
-                name = f"{pattern}, recompute {recompute}, {'with' if sequence_parallel else 'without'} sequence parallelism"
-                batch = batch_on(mesh)
-                cases[name] = Case(MODELS[pattern], recompute=config, sequence_parallel=sequence_parallel, batch=batch)
-                expected[name] = one_rank[pattern, batch]
+def test_ranks_train_as_one(mesh: str, slow: bool, one_rank: Alone, record_property: Callable[[str, object], None]) -> None:
+    cases, expected, batch = {}, {}, batch_on(mesh)
+    for turn, pattern in enumerate(LONGER, start=list(MESHES).index(mesh)):
+        for recompute, sequence_parallel in settings(turn, "tp" in MESHES[mesh], slow):
+            name = f"{pattern}, recompute {recompute}, {'with' if sequence_parallel else 'without'} sequence parallelism"
+            config = RECOMPUTE[recompute]
+            cases[name] = Case(MODELS[pattern], recompute=config, sequence_parallel=sequence_parallel, batch=batch)
+            expected[name] = one_rank[pattern, batch]
     check(cases, MESHES[mesh], expected, record_property)
 
 
 @pytest.mark.parametrize("mesh", LAID)
 def test_ranks_train_as_one_over_context_and_pipeline(
-    mesh: str, one_rank: Alone, record_property: Callable[[str, object], None]
+    mesh: str, slow: bool, one_rank: Alone, record_property: Callable[[str, object], None]
 ) -> None:
     """Micro-batches are as many as make a pipeline's schedule go through all its parts."""
     laid, cases, expected = LAID[mesh], {}, {}
     batch, micro_batches = (8, 4) if "pp" in laid.sizes else (4, 2)
-    for i, (short, longer) in enumerate(LONGER.items()):
+    for turn, (short, longer) in enumerate(LONGER.items(), start=list(LAID).index(mesh)):
         pattern = longer if "pp" in laid.sizes else short
-        for again, recompute in enumerate(("none", ("selective", "full")[i % 2])):
+        for again in (0, 1) if slow or len(laid.sizes) == 1 else (turn // 2 % 2,):
+            recompute = ("selective", "full")[turn % 2] if again else "none"
             name = f"{pattern}, recompute {recompute}"
             cases[name] = Case(
                 MODELS[pattern],
                 recompute=RECOMPUTE[recompute],
-                sequence_parallel=bool((i + again) % 2),
+                sequence_parallel=bool((turn + again) % 2),
                 batch=batch,
                 micro_batches=micro_batches,
                 schedule=laid.schedule,
@@ -129,18 +141,21 @@ def check(
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("setting", [{"reshard_after_forward": False}, {"reduce_every_micro_batch": True}])
 @pytest.mark.parametrize("mesh", ["dp2", "dp_replicate2 dp_shard2", "tp2 dp2"])
-def test_what_fsdp_keeps_makes_no_difference(mesh: str, setting: dict[str, bool], one_rank: Alone) -> None:
-    case = Case(MODELS["M*-"], batch=batch_on(mesh), **setting)
-    found = compare_training({"case": case}, MESHES[mesh], {"case": one_rank["M*-", batch_on(mesh)]})["case"]
-    assert max(found.values()) <= 1e-10, found
+def test_what_fsdp_keeps_makes_no_difference(mesh: str, one_rank: Alone, record_property: Callable[[str, object], None]) -> None:
+    case = Case(MODELS["M*-"], batch=batch_on(mesh))
+    cases = {
+        "weights kept": replace(case, reshard_after_forward=False),
+        "a sum each micro-batch": replace(case, reduce_every_micro_batch=True),
+    }
+    check(cases, MESHES[mesh], dict.fromkeys(cases, one_rank["M*-", case.batch]), record_property)
 
 
 @pytest.mark.parametrize("mesh", ["tp2 dp2", "dp_replicate2 dp_shard2"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_lower_precisions_train_on_ranks_too(precision: str, tolerance: float, mesh: str, one_rank: Alone) -> None:
+def test_lower_precisions_train_on_ranks_too(mesh: str, one_rank: Alone) -> None:
     """FSDP chooses its collectives by dtype: those of fp32 gradients are not those of fp64."""
-    case = Case(MODELS["M*-"], precision=precision, sequence_parallel=True, batch=batch_on(mesh))
-    found = compare_training({"case": case}, MESHES[mesh], {"case": one_rank["M*-", batch_on(mesh)]})["case"]
-    assert max(found["loss"], found["norm"]) <= tolerance, found
+    case, tolerances = Case(MODELS["M*-"], sequence_parallel=True, batch=batch_on(mesh)), {"fp32": 1e-5, "bf16": 2e-2}
+    cases = {precision: replace(case, precision=precision) for precision in tolerances}
+    found = compare_training(cases, MESHES[mesh], dict.fromkeys(cases, one_rank["M*-", case.batch]))
+    wrong = {name: figures for name, figures in found.items() if not max(figures["loss"], figures["norm"]) <= tolerances[name]}
+    assert not wrong, wrong

@@ -270,19 +270,19 @@ def test_one_file_is_written_whole_or_not_at_all(
 
 # ------------------------------------------------------------------------------------------------- training goes on alike
 
-SAVED, STEPS, BATCH = 3, 10, 4
+SAVED, STEPS, BATCH = 3, 4, 4
 """The step at which a run moves to another mesh, and over how many more steps of how many sequences it is compared."""
 
 
-def run(
+def config_for(
     run_dir: Path, mesh: str, last: int, model: ModelConfig = MODEL, *, reshard: bool = True, evaluate: int = 0, **checkpoint: Any
-) -> None:
-    """Start or resume a run on a mesh, up to step `last`, with a validation every `evaluate` steps."""
+) -> Config:
+    """A run on a mesh, up to step `last`, with a validation every `evaluate` steps."""
     mesh, schedule = LAYOUTS.get(mesh, (mesh, {}))
     sizes = {"dp_shard": 1} | MESHES[mesh]
     layout = ParallelConfig(**sizes, **schedule, sequence_parallel="tp" in sizes, reshard_after_forward=reshard)
     at_once = BATCH // (sizes["dp_shard"] * sizes.get("dp_replicate", 1))
-    config = Config(
+    return Config(
         model=model,
         parallel=layout,
         data=DataConfig(kind="synthetic", seq_length=16),
@@ -300,14 +300,28 @@ def run(
         run=RunConfig(dir=str(run_dir)),
     ).validate()
 
-    def body(context: ParallelContext) -> None:
-        run_dir.mkdir(exist_ok=True)
-        logging.getLogger("megatron_mamba").addHandler(logging.FileHandler(run_dir / f"{context.global_rank}.log"))
-        trainer = loop.Trainer(config, ParallelContext.over(context.mesh, context.device, layout))
-        trainer.run()
-        trainer.close()
 
-    on_ranks(MESHES[mesh], body)
+def run_in_turn(mesh: str, *configs: Config) -> None:
+    """Start or resume runs on a mesh."""
+
+    def body(context: ParallelContext) -> None:
+        log = logging.getLogger("megatron_mamba")
+        for config in configs:
+            run_dir = Path(config.run.dir)
+            run_dir.mkdir(exist_ok=True)
+            handler = logging.FileHandler(run_dir / f"{context.global_rank}.log")
+            log.addHandler(handler)
+            trainer = loop.Trainer(config, ParallelContext.over(context.mesh, context.device, config.parallel))
+            trainer.run()
+            trainer.close()
+            log.removeHandler(handler)
+
+    on_ranks(MESHES[LAYOUTS.get(mesh, (mesh, {}))[0]], body)
+
+
+def run(run_dir: Path, mesh: str, *settings: Any, **checkpoint: Any) -> None:
+    """Start or resume the run of :func:`config_for`."""
+    run_in_turn(mesh, config_for(run_dir, mesh, *settings, **checkpoint))
 
 
 def figures(run_dir: Path) -> dict[int, tuple[float, float]]:
@@ -396,8 +410,11 @@ def test_a_checkpoint_after_a_validation(mesh: str, tied: bool, reshard: bool, t
     """Validation gathers weights that no backward pass gives up (the root's of tied embeddings; every unit's, where they are
     kept through a step): a checkpoint of the same step is that of a run without it, and training goes on from it alike."""
     model = replace(MODEL, tie_embeddings=tied)
-    run(tmp_path / "plain", mesh, SAVED + 2, model, reshard=reshard)
-    run(tmp_path / "validated", mesh, SAVED, model, reshard=reshard, evaluate=SAVED)
+    run_in_turn(
+        mesh,
+        config_for(tmp_path / "plain", mesh, SAVED + 2, model, reshard=reshard),
+        *(config_for(tmp_path / "validated", mesh, last, model, reshard=reshard, evaluate=SAVED) for last in (SAVED, SAVED + 2)),
+    )
     lines = map(json.loads, (tmp_path / "validated/metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [SAVED]
     plain, validated = (tmp_path / name / f"checkpoints/step_{SAVED:08}" for name in ("plain", "validated"))
@@ -407,5 +424,4 @@ def test_a_checkpoint_after_a_validation(mesh: str, tied: bool, reshard: bool, t
         expected, found = load_file(plain / file), load_file(validated / file)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    run(tmp_path / "validated", mesh, SAVED + 2, model, reshard=reshard, evaluate=SAVED)
     assert figures(tmp_path / "validated") == figures(tmp_path / "plain")

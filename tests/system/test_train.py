@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -177,25 +177,26 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict[st
     assert not (run_dir / "config.yaml").exists()
 
 
-COMMAND = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from test_train import config_for, train
-train(config_for(Path(sys.argv[1]), checkpoint={"interval": 1, "keep_last": 1}))
-"""
-
-
-def test_kill_9_while_saving_loses_nothing(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.ranks
+def test_kill_9_while_saving_loses_nothing(tmp_path: Path) -> None:
     """Killed at three moments among its asynchronous saves (one every step), the run ends with the same losses."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def start(run_dir: Path) -> ForkProcess:
+        process = get_context("fork").Process(target=train, args=[config_for(run_dir, checkpoint={"interval": 1, "keep_last": 1})])
+        process.start()
+        return process
+
     for after in (3, 6, 9):
-        process = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path), *paths], stderr=subprocess.DEVNULL)
-        while process.poll() is None and max(losses(tmp_path) if (tmp_path / "metrics.jsonl").exists() else [0], default=0) < after:
+        process = start(killed)
+        while process.is_alive() and max(losses(killed) if (killed / "metrics.jsonl").exists() else [0], default=0) < after:
             time.sleep(0.002)
-        assert process.poll() is None
+        assert process.is_alive()
         process.kill()
-        process.wait()
-        assert resolve(tmp_path).name >= f"step_{after - 2:08d}"
-    train(config_for(tmp_path, checkpoint={"interval": 1, "keep_last": 1}))
-    assert losses(tmp_path) == losses(whole)
+        process.join()
+        assert resolve(killed).name >= f"step_{after - 2:08d}"
+    for run_dir in (killed, whole):
+        process = start(run_dir)
+        process.join()
+        assert process.exitcode == 0
+    assert losses(killed) == losses(whole)

@@ -21,7 +21,7 @@ ORDER = [
 
 FILE_LINES, FUSED_LINES = 500, 700
 FUNCTION_LINES, KERNEL_LINES = 100, 200
-PRODUCT_LINES = 14_000
+PRODUCT_LINES = 19_000  # Of which the fused kernels of nine operators, forward and backward, are 4,500.
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def test_product_length_counts_the_product_only():
     def file(path: str, lines: int) -> Source:
         return Source(Path(path), "x = 1\n" * lines, ast.parse(""))
 
-    files = (file("megatron_mamba/a.py", 7000), file("kernels/mamba_kernels/b.py", 7000), file("tests/c.py", 9000))
+    files = (file("megatron_mamba/a.py", 7000), file("kernels/mamba_kernels/b.py", PRODUCT_LINES - 7000), file("tests/c.py", 9000))
     assert not list(product_length(files))
     (message,) = product_length((*files, file("tools/d.py", 1)))
     assert "14001 lines" in message

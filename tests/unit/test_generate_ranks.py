@@ -40,7 +40,7 @@ class Output(NamedTuple):
 
 def output(model: LanguageModel) -> Output:
     prompts = [random_tokens(length, seed=length, vocab_size=60).tolist() for length in (1, 9, 5)]
-    settings = [GenerationSettings(temperature=t, max_new_tokens=5, prefill_length=6) for t in (0.0, 1.0)]
+    settings = [GenerationSettings(temperature=t, max_new_tokens=3, prefill_length=6) for t in (0.0, 1.0)]
     tokens = [generate(model, prompts, setting, None) for setting in settings]
     with torch.no_grad():
         logits, cache = prefill(model, prompts, 4, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -29,9 +30,14 @@ from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train.__main__ import compose_tree
 
 
+@cache
+def composed(*overrides: str) -> Config:
+    return from_dict(Config, compose_tree([*overrides]))
+
+
 def config_of(pattern: str, *overrides: str, **parallel: Any) -> Config:
-    config = from_dict(Config, compose_tree(["model=hybrid_tiny", f"model.pattern='{pattern}'", *overrides]))
-    return replace(config, parallel=replace(config.parallel, **parallel))
+    config = composed("model=hybrid_tiny", *overrides)
+    return replace(config, model=replace(config.model, pattern=pattern), parallel=replace(config.parallel, **parallel))
 
 
 def every_split(layers: int, count: int) -> list[list[Stage]]:
