@@ -118,8 +118,8 @@ def _like(t: Tensor, dtype: torch.dtype | None = None, shared: int = 1) -> Tenso
 
 @contextmanager
 def _as_on_a_gpu(shortened: int, dtype: torch.dtype) -> Iterator[None]:
-    """Fused kernels in a 16-bit `dtype`, attention computed as there (on meta tensors torch would make the S x S matrix, or leave out what its kernels use); and
-    for a sequence `shortened` times, kernels that work in blocks of a fixed size take that much smaller ones."""
+    """Fused kernels in a 16-bit `dtype`; attention computed as there (on meta tensors torch would make the S x S matrix, or leave
+    out what its kernels use); and for a sequence `shortened` times, references that work in blocks take that much smaller ones."""
     common, attend = mamba_kernels.common, F.scaled_dot_product_attention
     cores = ring_attention._core, ring_attention._core_backward
     blocks = common.DEVICE_BLOCK_ELEMENTS
