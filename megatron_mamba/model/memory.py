@@ -117,8 +117,8 @@ def _like(t: Tensor, dtype: torch.dtype | None = None, shared: int = 1) -> Tenso
 
 
 @contextmanager
-def _as_on_a_gpu(shortened: int, dtype: torch.dtype) -> Iterator[None]:
-    """Fused kernels in a 16-bit `dtype`; attention computed as there (on meta tensors torch would make the S x S matrix, or leave
+def _as_on_a_gpu(shortened: int, fused_kernels: bool) -> Iterator[None]:
+    """Fused kernels if asked for; attention computed as there (on meta tensors torch would make the S x S matrix, or leave
     out what its kernels use); and for a sequence `shortened` times, references that work in blocks take that much smaller ones."""
     common, attend = mamba_kernels.common, F.scaled_dot_product_attention
     cores = ring_attention._core, ring_attention._core_backward
@@ -138,17 +138,12 @@ def _as_on_a_gpu(shortened: int, dtype: torch.dtype) -> Iterator[None]:
         common.DEVICE_BLOCK_ELEMENTS = max(blocks // shortened, 1)
         setattr(F, attend.__name__, fused)
         vars(ring_attention).update(_core=core, _core_backward=core_backward)
-        with backend.meta_stands_for("cuda" if _is_fused(dtype) else "cpu"):
+        with backend.meta_stands_for("cuda" if fused_kernels else "cpu"):
             yield
     finally:
         common.DEVICE_BLOCK_ELEMENTS = blocks
         setattr(F, attend.__name__, attend)
         vars(ring_attention).update(_core=cores[0], _core_backward=cores[1])
-
-
-def _is_fused(dtype: torch.dtype) -> bool:
-    """Whether a model of this compute dtype is counted with the fused kernels: 16-bit ones, which train on GPUs."""
-    return dtype.itemsize == 2 and backend.AVAILABLE
 
 
 def one_layer(config: ModelConfig, kind: str) -> ModelConfig:
@@ -169,8 +164,9 @@ def measure(config: Config, kind: str) -> Piece:
     batch, length = trainer.micro_batch_size, config.data.seq_length // parallel.cp
     recompute = getattr(config.recompute, kind, "none")
     model = replace(one_layer(config.model, kind), name="")
-    arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch)
-    lengths = (length, length) if _is_fused(DTYPES[trainer.precision]) else SCANS.get(kind, (length, length))
+    fused = backend.AVAILABLE and trainer.device != "cpu" and DTYPES[trainer.precision] in backend.FUSED_DTYPES
+    arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused)
+    lengths = (length, length) if fused else SCANS.get(kind, (length, length))
     if length <= lengths[1]:
         return _run(*arguments, length, 1)
     small, large = (_run(*arguments, short, length // short) for short in lengths)
@@ -215,6 +211,7 @@ def _run(
     precision: str,
     chunk_tokens: int,
     batch: int,
+    fused: bool,
     length: int,
     shortened: int,
 ) -> Piece:
@@ -229,7 +226,7 @@ def _run(
         seed, one = torch.zeros((), dtype=master, device="meta", requires_grad=True), torch.ones((), dtype=master, device="meta")
         shape = (batch * length // (layout.tp if layout.sequence_parallel else 1), config.hidden_size)
         at_end: list[int] = []
-        with _as_on_a_gpu(shortened, dtype), ledger:
+        with _as_on_a_gpu(shortened, fused), ledger:
             ledger.moment = "forward"
             x = _Enter.apply(seed, shape, dtype, lambda: at_end.append(ledger.now))
             if kind == "embedding":

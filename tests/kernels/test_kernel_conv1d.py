@@ -150,7 +150,7 @@ def test_fused(length, tokens, unroll, initial, documents, fused_device, poisone
         assert_close(outputs_and_gradients(partial(causal_conv1d, **options, return_final_state=True), inputs), want, 1e-6)
 
 
-@pytest.mark.parametrize(("width", "length", "activation"), [(1, 9, "silu"), (2, 9, None), (5, 9, "silu"), (16, 5, None)])
+@pytest.mark.parametrize(("width", "length", "activation"), [(2, 9, None), (5, 9, "silu"), (16, 5, None)])
 def test_fused_widths_and_strides(width, length, activation, fused_device, poisoned):
     starts = document_starts(BATCH, length, fused_device).mT.contiguous().mT
     inputs = make_inputs(length, width, fused_device, torch.float32)

@@ -1,5 +1,6 @@
 """`selective_scan` against the recurrence it stands for, one token at a time in float64."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -240,16 +241,170 @@ def test_rejects(change, message):
         selective_scan(**arguments | change)
 
 
+# Batch, length, channels, state size; tokens of a segment, multiprocessors to fill with chunks, bytes of a window; documents, and
+# whether there are D, dt_bias, softplus and an initial state.
+FUSED_CASES = {
+    "everything, odd sizes": (torch.float32, 2, 11, 3, 3, (8, 0, 1 << 30), True, True),
+    "chunks": (torch.float32, 2, 18, 2, 2, (8, 132, 1 << 30), True, True),
+    "windows of two chunks": (torch.float32, 1, 27, 3, 2, (8, 132, 1 << 13), False, True),
+    "nothing optional, two blocks": (torch.float32, 1, 9, 66, 2, (8, 0, 1 << 30), False, False),
+    "one token": (torch.float32, 1, 1, 2, 1, (8, 0, 1 << 30), True, True),
+    "bfloat16, two parts": (torch.bfloat16, 1, 5, 3, 17, (8, 0, 1 << 30), False, True),
+}
+SHIPPED = (None, 132, 1 << 30)
+GPU_CASES = {
+    "8B": (torch.bfloat16, 2, 777, 520, 128, SHIPPED, True, True),
+    "8B, windows": (torch.bfloat16, 1, 1400, 256, 128, (None, 8, 1 << 24), False, True),
+    "small state": (torch.bfloat16, 2, 1030, 1024, 16, SHIPPED, True, True),
+    "small state, nothing optional": (torch.bfloat16, 1, 512, 2048, 16, SHIPPED, False, False),
+    "odd state": (torch.bfloat16, 2, 300, 100, 40, SHIPPED, True, True),
+    "wide state": (torch.bfloat16, 1, 300, 70, 256, SHIPPED, True, True),
+    "float32": (torch.float32, 2, 300, 130, 128, SHIPPED, True, True),
+    "float16": (torch.float16, 1, 300, 130, 16, SHIPPED, False, True),
+}
+FUSED_TOLERANCE = {torch.float32: 5e-6, torch.float16: 2.0**-11 + 1e-3, torch.bfloat16: ONE_BF16_ROUNDING}
+
+
+def fused_inputs(dtype, batch, length, channels, state_size, options, device, seed=0):
+    """Of the step sizes of a trained model; dt, B and C are slices of one projection, as are x and what else there is."""
+    draw = partial(randn, device=device, dtype=dtype, seed=seed)
+    B, C = draw(batch, length, 2 * state_size + 1).split([state_size, state_size + 1], -1)
+    inputs = {
+        "x": draw(batch, length, 2 * channels)[..., channels:],
+        "dt": draw(batch, length, channels).flip(1),
+        "A": -draw(channels, state_size).float().exp(),
+        "B": B,
+        "C": C[..., 1:],
+    }
+    if not options:
+        return inputs | {"dt": inputs["dt"].abs()}
+    return inputs | {
+        "D": draw(channels).float(),
+        "dt_bias": draw(channels).float().flip(0) - 2.0,
+        "initial_state": draw(batch, channels, state_size).float(),
+    }
+
+
+@pytest.fixture
+def poisoned():
+    """Memory from torch.empty is NaN; the default configuration, too."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def use_sizes(monkeypatch, segment, multiprocessors, window_bytes):
+    """Segments, chunks and windows small enough for several of each."""
+    from mamba_kernels.selective_scan import operators
+
+    if segment is not None:
+        monkeypatch.setattr(operators, "segment_tokens", lambda state_size: segment)
+    monkeypatch.setattr(operators, "MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(operators, "WINDOW_BYTES", window_bytes)
+
+
+@pytest.mark.parametrize("case", [*FUSED_CASES, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_CASES)])
+def test_fused(case, fused_device, monkeypatch, poisoned):
+    """Outputs and every gradient of the Triton kernels; on a GPU for three seeds, and bit for bit the same twice."""
+    dtype, batch, length, *shape, sizes, documents, options = (FUSED_CASES | GPU_CASES)[case]
+    if case in GPU_CASES and fused_device == "cpu":
+        pytest.skip("no CUDA device")
+    use_sizes(monkeypatch, *sizes)
+    starts = document_starts(batch, length, fused_device) if documents else None
+    scan = partial(selective_scan, dt_softplus=options, document_start=starts, return_final_state=True)
+    for seed in range(3 if fused_device == "cuda" else 1):
+        inputs = fused_inputs(dtype, batch, length, *shape, options, fused_device, seed)
+        want = outputs_and_gradients(partial(oracle, dt_softplus=options, document_start=starts), in_float64(inputs))
+        got = outputs_and_gradients(scan, inputs, strides=case == "everything, odd sizes" or seed == 1)
+        assert_close(got, want, FUSED_TOLERANCE[dtype])
+        if fused_device == "cuda":
+            again = outputs_and_gradients(scan, inputs, strides=seed == 1)
+            assert all(torch.equal(again[name], got[name]) for name in got)
+
+
+def test_fused_views_are_not_copied(monkeypatch):
+    """What the model passes, slices of projections along the last dimension, goes to the kernels as it is."""
+    import mamba_kernels.selective_scan.operators  # noqa: F401 - registers them
+
+    launched = []
+    monkeypatch.setattr(backend, "recorder", lambda kernel, grid, arguments, meta: launched.append((kernel.fn.__name__, arguments)))
+    draw = partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    (x, _), (dt, B, C) = draw(1, 300, 256).chunk(2, -1), draw(1, 300, 128 + 32).split([128, 16, 16], -1)
+    backend.KERNELS["selective_scan"](x, dt, draw(128, 16).float(), B, C, None, None, None, None, False, False)
+    strides = {(name, t.stride()) for name, arguments in launched for t in arguments if isinstance(t, torch.Tensor)}
+    assert {("prepare_kernel", (48_000, 160, 1)), ("scan_kernel", (76_800, 256, 1))} <= strides
+
+
+def test_fused_spread_over_ranks(fused_device, monkeypatch):
+    """The kernels under the exchange of states: every rank has of its piece what the whole sequence gives."""
+    if fused_device == "cuda":
+        pytest.skip("ranks are threads of one CPU process here; on GPUs, test_torchrun.py has real ones")
+    from mamba_kernels.selective_scan import operators
+
+    lock, launch = threading.Lock(), operators.launch
+
+    def one_at_a_time(*arguments, **meta):  # The interpreter is not made for threads, which play the ranks.
+        with lock:
+            launch(*arguments, **meta)
+
+    monkeypatch.setattr(operators, "launch", one_at_a_time)
+    use_sizes(monkeypatch, 8, 132, 1 << 30)
+    inputs, starts = fused_inputs(torch.float32, 1, 13, 2, 2, True, "cpu"), torch.zeros(1, 13, dtype=torch.bool)
+    starts[0, 4] = True
+    del inputs["initial_state"]
+    spread = partial(selective_scan, dt_softplus=True, return_final_state=True)
+    assert_spread_close(spread, inputs, (10, 3), starts, FUSED_TOLERANCE[torch.float32])
+
+
+def test_fused_extremes(fused_device):
+    """Tokens that forget all, states that never forget and states that grow."""
+    inputs = fused_inputs(torch.float32, 1, 20, 2, 2, True, fused_device)
+    inputs["A"] = torch.tensor([[-16.0, -1e-4], [0.0, 0.01]], device=fused_device)
+    inputs["dt"][:, 5::8] = 3000.0 * torch.tensor([1.0, 0.01], device=fused_device)
+    inputs["dt_bias"] = torch.tensor([-20.0, 0.0], device=fused_device)
+    starts = document_starts(1, 20, fused_device)
+    want = outputs_and_gradients(partial(oracle, dt_softplus=True, document_start=starts), in_float64(inputs))
+    assert_close(outputs_and_gradients(op(starts), inputs), want, FUSED_TOLERANCE[torch.float32])
+
+
+def test_fused_on_meta_tensors():
+    """Shapes and dtypes of outputs and gradients without a device, as the planner and torch.compile ask for them."""
+    draw = partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    inputs = {"x": draw(2, 300, 70), "dt": draw(2, 300, 70), "A": draw(70, 20), "B": draw(2, 300, 20), "C": draw(2, 300, 20)}
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    with backend.meta_stands_for("cuda"):
+        y, state = selective_scan(**leaves, return_final_state=True)
+        gradients = torch.autograd.grad(y.float().sum(), leaves.values())
+    assert (y.shape, y.dtype) == (inputs["x"].shape, torch.bfloat16)
+    assert (state.shape, state.dtype) == ((2, 70, 20), torch.float32)
+    assert [(g.shape, g.dtype) for g in gradients] == [(leaf.shape, leaf.dtype) for leaf in leaves.values()]
+
+
+def test_fused_memory():
+    """No tensor of [S, E, N], forward or backward; what is kept for the backward is at most as large as x in bfloat16."""
+    from mamba_kernels.selective_scan import operators
+
+    batch, length, channels, state_size = 1, 65_536, 1024, 16
+    draw = partial(torch.empty, device="meta")
+    x, B = draw(batch, length, channels), draw(batch, length, state_size)
+    given, starts = (x, x, draw(channels, state_size), B, B, draw(channels), draw(channels), None), None
+    with AllocationWatch() as watch:
+        *_, kept = backend.allocate("selective_scan", (*given, starts, True, True))
+        backend.allocate("selective_scan_backward", (x, None, *given, starts, kept, True))
+    assert kept.numel() <= x.numel() // 2
+    assert watch.largest[torch.float32] * 4 <= operators.WINDOW_BYTES
+
+
 def compile_cases():
     """Every kernel at the shape of the 8B model and of small states, for the test that compiles them without a GPU."""
-    kernels, batch, length, channels = backend.KERNELS, 1, 4096, 8192
+    from mamba_kernels.selective_scan import operators
+
+    kernels, empty = backend.KERNELS, partial(torch.empty, device="meta")
     for state, dtype, starts in ((128, torch.bfloat16, False), (16, torch.bfloat16, True), (16, torch.float32, False)):
-        empty = partial(torch.empty, device="meta")
-        x, _ = empty(batch, length, 2 * channels, dtype=dtype).chunk(2, -1)
-        dt, (B, C) = empty(batch, length, channels, dtype=dtype), empty(batch, length, 2 * state, dtype=dtype).chunk(2, -1)
-        A, D, dt_bias = empty(channels, state), empty(channels), empty(channels)
-        document_start = empty(batch, length, dtype=torch.bool) if starts else None
-        given = (x, dt, A, B, C, D, dt_bias, None, document_start)
-        yield f"forward {state}", lambda given=given: kernels["selective_scan"](*given, True, True)
-        kept = empty(1, 32, 128, state, 64)
-        yield f"backward {state}", lambda g=(x, None, *given, kept): kernels["selective_scan_backward"](*g, True)
+        (x, _), dt = empty(1, 4096, 16_384, dtype=dtype).chunk(2, -1), empty(1, 4096, 8192, dtype=dtype)
+        B, C = empty(1, 4096, 2 * state, dtype=dtype).chunk(2, -1)
+        given = (x, dt, empty(8192, state), B, C, empty(8192), empty(8192), None)
+        given += (empty(1, 4096, dtype=torch.bool) if starts else None,)
+        yield f"forward, N {state}", partial(kernels["selective_scan"], *given, True, True)
+        kept = empty(1, 4096 // operators.segment_tokens(state), 128, state, 64)
+        yield f"backward, N {state}", partial(kernels["selective_scan_backward"], x, None, *given, kept, True)

@@ -62,7 +62,7 @@ CASES: list[tuple[dict[str, int], int, list[str]]] = [
 LONG = "model.pattern=M-*m-M-*"
 PIPELINES: list[tuple[dict[str, int], int, list[str]]] = [
     ({"pp": 4}, 6, [LONG]),
-    ({"pp": 2}, 9, [LONG, "trainer.precision=fp32"]),
+    ({"pp": 2}, 12, [LONG, "trainer.precision=fp32"]),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.reshard_after_forward=false", "recompute=full"]),
     ({"pp": 2, "cp": 4, "tp": 2}, 4, [LONG, SP, "recompute=selective"]),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.schedule=interleaved"]),
@@ -154,7 +154,8 @@ Ranks = list[dict[str, int]]
 def both(sizes: dict[str, int], micro_batches: int, overrides: list[str], folder: Path) -> tuple[Ranks, Ranks]:
     """What :func:`trained` finds on each pipeline rank, and what is predicted, from processes of their own: DTensor remembers
     process groups by the shape of their mesh."""
-    config = from_dict(Config, compose_tree([*MODEL, *(f"parallel.{name}={size}" for name, size in sizes.items()), *overrides]))
+    layout = [f"parallel.{name}={size}" for name, size in sizes.items()]
+    config = from_dict(Config, compose_tree([*MODEL, "trainer.device=cpu", *layout, *overrides]))
     pp, given = sizes.get("pp", 1), (config, sizes, micro_batches, folder)
     mp.start_processes(_rank, given, nprocs=pp, start_method="fork")
     mp.start_processes(_predict, given, nprocs=1, start_method="fork")

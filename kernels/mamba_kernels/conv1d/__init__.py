@@ -37,7 +37,8 @@ def causal_conv1d(
     )  # fmt: skip
     check_document_start("causal_conv1d", sizes, document_start, x.device)
     check_choice("causal_conv1d", "activation", activation, (None, "silu"))
-    if use_fused(x):
+    # A filter of width 1 is a product, with no state and no documents: the kernels slide over the inputs before a token.
+    if use_fused(x) and sizes["W"] > 1:
         from mamba_kernels.conv1d import fused
 
         y, final_state = fused.causal_conv1d(x, weight, bias, initial_state, document_start, activation == "silu")

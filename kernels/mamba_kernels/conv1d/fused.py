@@ -20,11 +20,15 @@ from mamba_kernels.norm.fused import sum_rows_into, unit_stride
 
 
 def _metas(width: int, configurations: Iterable[Sequence[int]]) -> list[Meta]:
-    """From tokens a program, tokens a step, channels, stages and warps; wide filters leave registers for half the channels."""
+    """From tokens a program, tokens a step, channels, stages and warps, for filters up to 4 wide.
+
+    Wider ones leave registers for half the channels, and make of so many tokens a step that takes minutes to compile.
+    """
+    wide = width > 4
     return [
         {
-            "TOKENS": min(max(tokens, unroll), 256), "UNROLL": unroll, "BLOCK_C": channels if width <= 4 else channels // 2,
-            "STAGES": stages, "num_warps": warps,
+            "TOKENS": min(max(tokens, unroll), 256), "UNROLL": min(unroll, 2) if wide else unroll,
+            "BLOCK_C": channels // 2 if wide else channels, "STAGES": stages, "num_warps": warps,
         }
         for tokens, unroll, channels, stages, warps in configurations
     ]  # fmt: skip
@@ -171,14 +175,15 @@ def _conv_kernel(
             xs = xs + (_load(x_ptr, t + u, s_x, channels, C if WHOLE else _limit(t + u < S, C)),)
         if _any_starts(starts_ptr, t, S, s_starts, UNROLL):
             # Seldom, and so by one token after the other: the code of the other case is the shorter for it.
-            for i in range(UNROLL):
-                limit, start = _limit(t + i < S, C), _starts(starts_ptr, t + i, S, s_starts)
-                x = _load(x_ptr, t + i, s_x, channels, limit)
-                window = _conv_step(t + i, x, start, window, taps, bias, y_ptr, channels, limit, s_y, SILU, W)
+            for i in range(UNROLL):  # noqa: B007
+                limit, start = _limit(t < S, C), _starts(starts_ptr, t, S, s_starts)
+                x = _load(x_ptr, t, s_x, channels, limit)
+                window = _conv_step(t, x, start, window, taps, bias, y_ptr, channels, limit, s_y, SILU, W)
+                t += 1
         else:
             for v in tl.static_range(UNROLL):
-                there = C if WHOLE else _limit(t + v < S, C)
-                window = _conv_step(t + v, xs[v], False, window, taps, bias, y_ptr, channels, there, s_y, SILU, W)
+                limit = C if WHOLE else _limit(t + v < S, C)
+                window = _conv_step(t + v, xs[v], False, window, taps, bias, y_ptr, channels, limit, s_y, SILU, W)
     if tl.program_id(1) == tl.num_programs(1) - 1:
         # Not S itself, which is a constant where it is 1 and then has no conversions.
         window = _window_before(begin * 0 + S, x_ptr, initial_ptr, starts_ptr, channels, S, C, s_x, s_starts, W)
@@ -266,13 +271,14 @@ def _conv_backward_kernel(
             there = C if WHOLE else _limit(t + u < S, C)
             xs, g_ys = xs + (_load(x_ptr, t + u, s_x, channels, there),), g_ys + (_load(g_y_ptr, t + u, s_g_y, channels, there),)
         if _any_starts(starts_ptr, t, S, s_starts, UNROLL):
-            for i in range(UNROLL):
-                limit, start = _limit(t + i < S, C), _starts(starts_ptr, t + i, S, s_starts)
-                x, g_y = _load(x_ptr, t + i, s_x, channels, limit), _load(g_y_ptr, t + i, s_g_y, channels, limit)
+            for i in range(UNROLL):  # noqa: B007
+                limit, start = _limit(t < S, C), _starts(starts_ptr, t, S, s_starts)
+                x, g_y = _load(x_ptr, t, s_x, channels, limit), _load(g_y_ptr, t, s_g_y, channels, limit)
                 kept_from, window, pending, g_taps, g_bias = _conv_backward_step(
-                    t + i, x, g_y, start, kept_from, stop, window, pending, taps, bias, g_taps, g_bias,
+                    t, x, g_y, start, kept_from, stop, window, pending, taps, bias, g_taps, g_bias,
                     g_final_ptr, g_x_ptr, g_initial_ptr, channels, S, C, s_g_x, SILU, W, True, False,
                 )  # fmt: skip
+                t += 1
         else:
             for v in tl.static_range(UNROLL):
                 # Where all these tokens exist none has a part in the final state, and from the W-th on the input that is done

@@ -121,7 +121,7 @@ def _load_vectors(base, first, NT: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_kernel(
     dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, step_ptr, A_out_ptr, rows_ptr, columns_ptr, S, E, N, length,
     s_dt_b, s_dt_s, s_A_e, s_A_n, s_B_b, s_B_s, s_C_b, s_C_s,
     BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr, SEGMENT: tl.constexpr, NT: tl.constexpr,
@@ -165,7 +165,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _chunk_kernel(
+def chunk_kernel(
     input_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, state_ptr, sum_ptr, S, E, length, chunk_tokens,
     s_in_b, s_in_s, s_start_b, s_start_s,
     REVERSE: tl.constexpr, STARTS: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
@@ -218,7 +218,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _carry_kernel(
+def carry_kernel(
     state_ptr, sum_ptr, A_ptr, begin_ptr, end_ptr, E, N, chunks, s_begin_b, s_begin_k, s_end_b, s_end_k, s_end_e, s_end_n,
     REVERSE: tl.constexpr, BEGIN: tl.constexpr, STORE: tl.constexpr, END: tl.constexpr, NT: tl.constexpr,
 ):  # fmt: skip
@@ -242,14 +242,15 @@ def _carry_kernel(
         total = tl.load(sum_ptr + place * BLOCK + lane)[None, :]
         if STORE:
             tl.store(state_ptr + place * (NT * BLOCK) + state_at, carried)
-        carried = tl.where(total == float("inf"), 0.0, tl.exp2(total * A)) * carried + left
+        reset = total == float("inf")
+        carried = tl.where(reset, 0.0, tl.exp2(tl.where(reset, 0.0, total) * A)) * carried + left
     if END:
         at = end_ptr + batch * s_end_b + block.to(tl.int64) * s_end_k + lane[None, :].to(tl.int64) * s_end_e + n[:, None] * s_end_n
         tl.store(at, carried, mask=inside)
 
 
 @triton.jit
-def _scan_kernel(
+def scan_kernel(
     x_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, D_ptr, begin_ptr, kept_ptr, end_ptr, y_ptr,
     S, E, N, length, chunk_tokens, batches,
     s_x_b, s_x_s, s_start_b, s_start_s, s_begin_b, s_begin_c, s_begin_k,
@@ -316,7 +317,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def _sum_parts_kernel(part_ptr, y_ptr, S, E, parts, s_y_b, s_y_s, ROWS: tl.constexpr):
+def sum_parts_kernel(part_ptr, y_ptr, S, E, parts, s_y_b, s_y_s, ROWS: tl.constexpr):
     """y [B, S, E], from what parts of the state have in it [B, parts, K, S, BLOCK]."""
     block, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
@@ -399,7 +400,7 @@ def _sum_lanes(terms, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gradient_kernel(
+def gradient_kernel(
     x_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, columns_ptr, kept_ptr, g_y_ptr, g_begin_ptr,
     scratch_ptr, g_ptr, sum_ptr, share_ptr, g_end_ptr, S, E, N, length, chunk_tokens, batches,
     s_x_b, s_x_s, s_start_b, s_start_s, s_kept_b, s_g_y_b, s_g_y_s,
@@ -507,7 +508,7 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     x_ptr, dt_ptr, bias_ptr, D_ptr, g_y_ptr, sum_ptr, g_x_ptr, g_dt_ptr, g_D_ptr, g_bias_ptr, S, E, length, parts,
     s_x_b, s_x_s, s_dt_b, s_dt_s, s_g_y_b, s_g_y_s, s_g_x_b, s_g_x_s, s_g_dt_b, s_g_dt_s,
     SKIP: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SEGMENT: tl.constexpr,
@@ -526,9 +527,10 @@ def _finish_kernel(
         skip += tl.load(D_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)
     g_D = tl.zeros([ROWS, BLOCK], tl.float32)
     g_bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, S), ROWS):
+    end = tl.minimum(segment * SEGMENT + SEGMENT, S)
+    for first in range(segment * SEGMENT, end, ROWS):
         t = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        inside = (t < S) & (channel < E)
+        inside = (t < end) & (channel < E)
         g_X = tl.zeros([ROWS, BLOCK], tl.float32)
         g_step = tl.zeros([ROWS, BLOCK], tl.float32)
         for part in range(parts):
@@ -558,7 +560,7 @@ def _finish_kernel(
 
 
 @triton.jit
-def _sum_shares_kernel(
+def sum_shares_kernel(
     share_ptr, g_B_ptr, g_C_ptr, S, N, length, blocks, s_B_b, s_B_s, s_C_b, s_C_s,
     NT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -581,7 +583,7 @@ def _sum_shares_kernel(
 
 
 @triton.jit
-def _sum_chunks_kernel(
+def sum_chunks_kernel(
     g_share_ptr, g_D_share_ptr, g_bias_share_ptr, g_A_ptr, g_D_ptr, g_bias_ptr, E, N, chunks, segments, s_A_e, s_A_n,
     SKIP: tl.constexpr, BIAS: tl.constexpr, NT: tl.constexpr,
 ):  # fmt: skip

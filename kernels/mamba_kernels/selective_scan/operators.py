@@ -206,7 +206,7 @@ def _prepare(t: Inputs, backward: bool) -> _Prepared:
     rows = t.new(2, batch, padded_length, t.states)
     columns = t.new(batch, padded_length, 2 * t.states) if backward else rows
     launch(
-        fused._prepare_kernel, (_ceil(length, t.segment), t.blocks + 1, batch), t.dt, t.dt_bias, t.A, t.B, t.C, step, A, rows,
+        fused.prepare_kernel, (_ceil(length, t.segment), t.blocks + 1, batch), t.dt, t.dt_bias, t.A, t.B, t.C, step, A, rows,
         columns, length, channels, state_size, padded_length, *_strides(t.dt, 2), *t.A.stride(), *_strides(t.B, 2),
         *_strides(t.C, 2), BIAS=t.dt_bias is not None, SOFTPLUS=t.softplus, BACKWARD=backward, SEGMENT=t.segment, NT=t.states,
         ROWS=32, num_warps=4,
@@ -220,7 +220,7 @@ def _chunk_states(t: Inputs, p: _Prepared, g_y: Tensor | None, tokens: int, meta
     chunks, source, starts = _ceil(length, tokens), t.x if g_y is None else g_y, t.document_start
     states, sums = t.new(batch, chunks, t.blocks, t.states, BLOCK), t.new(batch, chunks, t.blocks, BLOCK)
     launch(
-        fused._chunk_kernel, (t.blocks, chunks, batch * t.parts), source, p.step, starts, p.A, p.rows[0 if g_y is None else 1],
+        fused.chunk_kernel, (t.blocks, chunks, batch * t.parts), source, p.step, starts, p.A, p.rows[0 if g_y is None else 1],
         states, sums, length, channels, p.rows.shape[2], tokens, *_strides(source, 2), *_strides(starts, 2),
         REVERSE=g_y is not None, STARTS=starts is not None, NT=t.states, GROUP=meta["GROUP"], num_warps=1,
     )  # fmt: skip
@@ -233,7 +233,7 @@ def _carry(
     """From what chunks leave to what there is before each, in place if `store`; `begin` is in blocks."""
     _, _, channels, state_size = t.sizes
     launch(
-        fused._carry_kernel, (t.blocks, t.parts, states.shape[0]), states, sums, p.A, begin, end, channels, state_size,
+        fused.carry_kernel, (t.blocks, t.parts, states.shape[0]), states, sums, p.A, begin, end, channels, state_size,
         states.shape[1], *_strides(begin, 3)[::2], *_state_strides(end), REVERSE=reverse, BEGIN=begin is not None, STORE=store,
         END=end is not None, NT=t.states, num_warps=4,
     )  # fmt: skip
@@ -279,7 +279,7 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     of_parts = y if t.parts == 1 else t.new(batch, t.parts, t.blocks, length, BLOCK)
     y_strides = (y.stride(0), 0, BLOCK, y.stride(1)) if t.parts == 1 else of_parts.stride()[:4]
     launch(
-        fused._scan_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, t.D, before, kept, end, of_parts,
+        fused.scan_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, t.D, before, kept, end, of_parts,
         length, channels, state_size, p.rows.shape[2], tokens, batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(before, 3),
         *_state_strides(end), *_strides(kept, 1), *y_strides, STARTS=starts is not None, SKIP=t.D is not None,
         BEGIN=before is not None, KEEP=kept is not None, END=chunks == 1, SEGMENT=t.segment, NT=t.states, GROUP=meta["GROUP"],
@@ -287,7 +287,7 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     )  # fmt: skip
     if t.parts > 1:
         launch(
-            fused._sum_parts_kernel, (_ceil(length, 32), t.blocks, batch), of_parts, y, length, channels, t.parts, *_strides(y, 2),
+            fused.sum_parts_kernel, (_ceil(length, 32), t.blocks, batch), of_parts, y, length, channels, t.parts, *_strides(y, 2),
             ROWS=32, num_warps=4,
         )  # fmt: skip
 
@@ -312,7 +312,7 @@ def backward_into(t: Inputs, kept: Tensor, g_y: Tensor, g_final: Tensor | None, 
         )
         last, begin = last - count, end
     launch(
-        fused._sum_chunks_kernel, (t.blocks, t.parts), g_state_and_A, g_D, g_bias, g.A, g.D, g.dt_bias, channels, state_size,
+        fused.sum_chunks_kernel, (t.blocks, t.parts), g_state_and_A, g_D, g_bias, g.A, g.D, g.dt_bias, channels, state_size,
         len(g_state_and_A), len(g_bias), *g.A.stride(), SKIP=g.D is not None, BIAS=g.dt_bias is not None, NT=t.states, num_warps=4,
     )  # fmt: skip
 
@@ -332,21 +332,21 @@ def _backward_window(
     scratch = t.new(g_state_and_A.numel() // 2 * (t.segment // STEPS))
     of_B_and_C = t.new(t.blocks, 2, batch, padded_length, t.states)
     launch(
-        fused._gradient_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, p.columns, kept, g_y, after,
+        fused.gradient_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, p.columns, kept, g_y, after,
         scratch, g_state_and_A, over_states, of_B_and_C, g.initial_state, length, channels, state_size, padded_length, tokens,
         batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(kept, 1), *_strides(g_y, 2), *_strides(after, 3),
         *_state_strides(g.initial_state), STARTS=starts is not None, BEGIN=after is not None, END=g.initial_state is not None,
         EXACT=t.x.dtype == torch.float32, SEGMENT=t.segment, NT=t.states, AHEAD=meta["AHEAD"], num_warps=1,
     )  # fmt: skip
     launch(
-        fused._finish_kernel, (_ceil(length, t.segment), t.blocks, batch), t.x, t.dt, t.dt_bias, t.D, g_y, over_states, g.x, g.dt,
+        fused.finish_kernel, (_ceil(length, t.segment), t.blocks, batch), t.x, t.dt, t.dt_bias, t.D, g_y, over_states, g.x, g.dt,
         g_D, g_bias, length, channels, padded_length, t.parts, *_strides(t.x, 2), *_strides(t.dt, 2), *_strides(g_y, 2),
         *_strides(g.x, 2), *_strides(g.dt, 2), SKIP=t.D is not None, BIAS=t.dt_bias is not None, SOFTPLUS=t.softplus,
         SEGMENT=t.segment, ROWS=16, num_warps=4,
     )  # fmt: skip
     width = 512
     launch(
-        fused._sum_shares_kernel, (_ceil(padded_length * t.states, width), 2, batch), of_B_and_C, g.B, g.C, length, state_size,
+        fused.sum_shares_kernel, (_ceil(padded_length * t.states, width), 2, batch), of_B_and_C, g.B, g.C, length, state_size,
         padded_length, t.blocks, *_strides(g.B, 2), *_strides(g.C, 2), NT=t.states, WIDTH=width, DEPTH=8, num_warps=4,
     )  # fmt: skip
 
