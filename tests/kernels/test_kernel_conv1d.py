@@ -183,7 +183,8 @@ def test_fused_final_state_alone(fused_device, poisoned):
 
 def test_fused_without_tokens(fused_device):
     leaves = {name: t.requires_grad_() for name, t in make_inputs(0, device=fused_device, dtype=torch.float32).items()}
-    y, state = causal_conv1d(**leaves, return_final_state=True)
+    starts = torch.zeros(BATCH, 0, dtype=torch.bool, device=fused_device)
+    y, state = causal_conv1d(**leaves, document_start=starts, return_final_state=True)
     assert y.shape == (BATCH, 0, CHANNELS)
     assert torch.equal(state, leaves["initial_state"])
     g_state = randn(*state.shape, seed=3, device=fused_device, dtype=torch.float32)

@@ -78,6 +78,8 @@ def test_steps_equal_the_sequence(op, step, case, options, dtype, tolerance, pre
         _, state = op(**head, **arguments, initial_state=initial, return_final_state=True)
     ys = run_steps(step, state, sequences, arguments, first=prefix)
     assert ys.dtype == dtype
+    if device == "cuda" and op is ssd and dtype == torch.bfloat16:
+        tolerance *= 4  # The sequence's matrix products have bfloat16 operands (test_kernel_ssd.py).
     assert_close({"y": ys, "state": state}, {"y": whole[:, prefix:], "state": whole_state}, tolerance)
 
 
