@@ -166,8 +166,8 @@ def measure(config: Config, kind: str) -> Piece:
     model = replace(one_layer(config.model, kind), name="")
     fused = backend.AVAILABLE and trainer.device != "cpu" and DTYPES[trainer.precision] in backend.FUSED_DTYPES
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused)
-    scans = {"mamba": SCANS["mamba"]} if fused and "selective_scan" in backend.UNPROVEN else {} if fused else SCANS
-    lengths = scans.get(kind, (length, length))
+    loops = not fused or (kind == "mamba" and "selective_scan" in backend.UNPROVEN)
+    lengths = SCANS.get(kind, (length, length)) if loops else (length, length)
     if length <= lengths[1]:
         return _run(*arguments, length, 1)
     small, large = (_run(*arguments, short, length // short) for short in lengths)

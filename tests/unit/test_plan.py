@@ -117,7 +117,8 @@ def test_weights_and_their_gradients():
 @pytest.mark.parametrize(("kind", "batch", "length"), [("mamba2", 1, 8192), ("mamba2", 2, 16384), ("mamba", 2, 512)])
 def test_scans_grow_linearly_with_the_sequence(kind, batch, length, monkeypatch):
     options = [f"trainer.micro_batch_size={batch}", f"data.seq_length={length}"]
-    config = from_dict(Config, compose_tree(["model=hybrid_8b", *options]))
+    # On a CPU, where the reference kernels run.
+    config = from_dict(Config, compose_tree(["model=hybrid_8b", "trainer.device=cpu", *options]))
     short = measure(config, kind)
     monkeypatch.setattr(memory, "SCANS", {})
     whole = measure(config, kind)
