@@ -24,7 +24,7 @@ from mamba_kernels import backend
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # Bytes a block may have.
 SPILLS = {
     "output_kernel": 128, "pair_gradient_kernel": 272, "x_gradient_kernel": 160,  # SSD
-    "scan_kernel": 16, "gradient_kernel": 40,  # selective scan
+    "scan_kernel": 40, "gradient_kernel": 40,  # selective scan
 }  # fmt: skip
 """Bytes of registers that a kernel may spill, until it is better; any other kernel none."""
 
