@@ -7,6 +7,10 @@ import os
 
 import pytest
 
+# Triton's own functions are made for the interpreter or the compiler when it is first imported, which torch may do.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Asking whether there is a GPU must not initialise CUDA, which forked ranks could not do again.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
