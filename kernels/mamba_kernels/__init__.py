@@ -1,7 +1,8 @@
 """The operators of Mamba, Mamba-2, hybrid and Transformer language models, each with its exact gradient.
 
 A folder an operator: `__init__` states shapes and maths, checks arguments and picks the implementation; `reference` is
-plain torch in any floating-point dtype. The package needs nothing but torch.
+plain torch in any floating-point dtype, `fused` is Triton for CUDA devices. The package needs nothing but torch, which brings
+Triton where there are CUDA devices.
 """
 
 from mamba_kernels.activation import gelu, squared_relu, swiglu

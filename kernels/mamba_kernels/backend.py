@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and the one way in which fused ones are registered with torch, configured and launched.
 
 A fused op is a `torch.library` operator `mamba_kernels::<name>`: torch.compile keeps it whole, meta and fake tensors go through
-it, and its backward pass is made of operators too. This module does not import Triton; only the `fused` modules do.
+it, and its backward pass is made of operators too. On plain tensors the same functions are called without torch's dispatcher,
+which takes longer than a kernel. This module does not import Triton; only the `fused` modules do.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FUSED_DTYPES = frozenset([torch.float32, torch.bfloat16, torch.float16])
 """What the fused kernels compute with; float64 is the reference's."""
@@ -64,16 +66,55 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register `mamba_kernels::name` with its kernel, its shapes (`fake`) and its gradient; returns it, ready to call."""
-    qualified = f"mamba_kernels::{name}"
+    """Register `mamba_kernels::name` with its kernel, its shapes (`fake`) and its gradient; returns it, ready to call.
+
+    `run` takes tensors first. `setup_context` and `backward` are those of torch.library.register_autograd.
+    """
+    qualified, run = f"mamba_kernels::{name}", _on_its_device(run)
     torch.library.define(qualified, schema, tags=[torch.Tag.pt2_compliant_tag])
-    torch.library.impl(qualified, ("cuda", "cpu"), _on_its_device(run))
+    torch.library.impl(qualified, ("cuda", "cpu"), run)
     torch.library.register_fake(qualified, fake)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     KERNELS[name] = run
     operator: Callable[..., Any] = getattr(torch.ops.mamba_kernels, name).default
-    return operator
+    function = None if backward is None else _function(name, run, setup_context, backward)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _plain(arguments):
+            return operator(*arguments)
+        if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return run(*arguments)
+        # Without a gradient of its own the operator says so when it is asked for one.
+        return operator(*arguments) if function is None else function.apply(*arguments)
+
+    return call
+
+
+def _plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether nothing has to see an operator: no mode, no transform, no subclass of Tensor, no tensor without numbers."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    return all(type(t) in _PLAIN for t in tensors) and not tensors[0].is_meta
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _function(
+    name: str, run: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """An operator with its gradient, as autograd has it without the dispatcher."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = run(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,46 +133,42 @@ recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None =
 """Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
 
 
-def allocate(name: str, arguments: tuple[Any, ...]) -> Any:
-    """What a registered operator returns, with all that its kernels need allocated and nothing launched: on meta tensors, what the
-    operator costs in memory."""
-    global recorder
-    before, recorder = recorder, lambda *launched: None
-    try:
-        return KERNELS[name](*arguments)
-    finally:
-        recorder = before
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """Launch a Triton kernel on a grid of programs, its compile-time arguments by name and last; nothing for an empty grid.
+    """Launch a Triton kernel on a grid of programs, its compile-time arguments by name and last; nothing for an empty grid, nor on
+    meta tensors, for which an op allocates what it would and computes nothing.
 
-    Triton looks at every argument of every launch to find what it compiled, which for kernels of this size takes longer than the
-    rest of a launch. Here one look-up does: a kernel is compiled for the numbers it is called with, for the dtypes of tensors and
-    for whether their addresses are multiples of 16.
+    Triton looks at every argument of every launch to find what it compiled, and asks the driver about every address, which for
+    kernels of this size takes longer than the rest of a launch. Here one look-up does: a kernel is compiled for the numbers it is
+    called with, for the dtypes of tensors and for whether their addresses are multiples of 16.
     """
     if 0 in grid:
         return
     if recorder is not None:
         recorder(kernel, grid, arguments, meta)
         return
-    if META_DEVICE == "cuda":  # Tensors are meta tensors: nothing to compute.
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if first.is_meta:
         return
-    key = (
-        kernel, next(a.get_device() for a in arguments if isinstance(a, Tensor)), *meta.values(),
-        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in arguments],
-    )  # fmt: skip
-    compiled = _compiled.get(key)
-    if compiled is None:
+    values, key = list[Any](), [kernel, first.get_device(), *meta.values()]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            values.append(address)
+            key += (argument.dtype, address % 16)
+        else:
+            values.append(argument)
+            key.append(argument)
+    found = _compiled.get(at := tuple(key))
+    if found is None:
         compiled = kernel[grid](*arguments, **meta)
         if compiled is not None:  # The interpreter compiles nothing.
-            _compiled[key] = compiled
+            _compiled[at] = compiled, tuple(meta[name] for name in kernel.arg_names[len(arguments) :])
         return
-    constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
-    compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+    compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*values, *constants)
 
 
 class Tunable:

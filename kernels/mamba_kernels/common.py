@@ -35,6 +35,22 @@ class SequenceRanks(Protocol):
         """Begin to collect `x` [n] (same shape on all ranks) of all ranks; the function returned waits and returns [size, n]."""
 
 
+def unit_stride(t: Tensor) -> Tensor:
+    """With the elements of the last dimension next to each other: the tensor itself where they are."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., F] as [T, F] with the elements of a row next to each other: a view where the strides allow one."""
+    t = unit_stride(t)
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """`t.contiguous()` of a tensor that may be missing."""
+    return None if t is None else t.contiguous()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an op on `dtype` computes and keeps its state: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)

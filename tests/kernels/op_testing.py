@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -66,6 +67,17 @@ def starts_in_pieces(documents: str | None, batch: int, pieces: tuple[int, ...])
         starts[1, [end - 1 for end in ends]] = True
         starts[2, pieces[0] : sum(pieces[:2])] = True
     return starts
+
+
+def one_launch_at_a_time(monkeypatch, operators: ModuleType) -> None:
+    """Let threads, which play the ranks, wait for each other's kernels: the interpreter is not made for threads."""
+    lock, launch = threading.Lock(), operators.launch
+
+    def locked(*arguments, **meta) -> None:
+        with lock:
+            launch(*arguments, **meta)
+
+    monkeypatch.setattr(operators, "launch", locked)
 
 
 class EchoRanks:

@@ -204,7 +204,7 @@ def test_fused_reads_x_where_it_is(fused_device):
         y = causal_conv1d(x, weight)
     assert_close({"y": y}, {"y": oracle(x.double(), weight.double())[0]}, 1e-6)
 
-    from mamba_kernels.norm.fused import unit_stride
+    from mamba_kernels.common import unit_stride
 
     assert unit_stride(x).data_ptr() == x.data_ptr()
 

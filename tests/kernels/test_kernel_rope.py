@@ -115,7 +115,7 @@ def test_fused_on_a_slice(fused_device):
         rope(x, cos, sin).sum().backward()
     assert set(kept) == {cos.data_ptr(), sin.data_ptr()}
 
-    from mamba_kernels.norm.fused import unit_stride
+    from mamba_kernels.common import unit_stride
 
     assert unit_stride(packed[:, :, HEADS:]).data_ptr() == packed[:, :, HEADS:].data_ptr()
 

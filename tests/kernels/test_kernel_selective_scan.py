@@ -1,6 +1,5 @@
 """`selective_scan` against the recurrence it stands for, one token at a time in float64."""
 
-import threading
 from functools import partial
 
 import pytest
@@ -17,6 +16,7 @@ from op_testing import (
     assert_spread_close,
     document_starts,
     in_float64,
+    one_launch_at_a_time,
     outputs_and_gradients,
     randn,
     rounded_once,
@@ -341,13 +341,7 @@ def test_fused_spread_over_ranks(fused_device, monkeypatch):
         pytest.skip("ranks are threads of one CPU process here; on GPUs, test_torchrun.py has real ones")
     from mamba_kernels.selective_scan import operators
 
-    lock, launch = threading.Lock(), operators.launch
-
-    def one_at_a_time(*arguments, **meta):  # The interpreter is not made for threads, which play the ranks.
-        with lock:
-            launch(*arguments, **meta)
-
-    monkeypatch.setattr(operators, "launch", one_at_a_time)
+    one_launch_at_a_time(monkeypatch, operators)
     use_sizes(monkeypatch, 8, 132, 1 << 30)
     inputs, starts = fused_inputs(torch.float32, 1, 13, 2, 2, True, "cpu"), torch.zeros(1, 13, dtype=torch.bool)
     starts[0, 4] = True
@@ -389,8 +383,8 @@ def test_fused_memory():
     x, B = draw(batch, length, channels), draw(batch, length, state_size)
     given, starts = (x, x, draw(channels, state_size), B, B, draw(channels), draw(channels), None), None
     with AllocationWatch() as watch:
-        *_, kept = backend.allocate("selective_scan", (*given, starts, True, True))
-        backend.allocate("selective_scan_backward", (x, None, *given, starts, kept, True))
+        *_, kept = backend.KERNELS["selective_scan"](*given, starts, True, True)
+        backend.KERNELS["selective_scan_backward"](x, None, *given, starts, kept, True)
     assert kept.numel() <= x.numel() // 2
     assert watch.largest[torch.float32] * 4 <= operators.WINDOW_BYTES
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.norm.fused import as_rows
+from mamba_kernels.common import as_rows
 
 SWIGLU, SQUARED_RELU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 
@@ -30,9 +30,17 @@ BACKWARD = Tunable("activation_backward", _candidates)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) to float32 rounding, in the fewest instructions: a division would take three more."""
+    """1 / (1 + exp(-x)), in the fewest instructions: a division would take three more."""
     root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
     return root * root
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), also where that is small: log(1 + e) = log(u) + (e - (u - 1)) / u, with u = 1 + e as it was rounded."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    return tl.maximum(x, 0.0) + (tl.log(u) + (e - (u - 1.0)) / u)
 
 
 @triton.jit

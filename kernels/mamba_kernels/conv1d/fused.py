@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mamba_kernels.activation.fused import sigmoid
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.norm.fused import sum_rows_into, unit_stride
+from mamba_kernels.common import contiguous, unit_stride
+from mamba_kernels.norm.fused import sum_rows_into
 
 
 def _metas(width: int, configurations: Iterable[Sequence[int]]) -> list[Meta]:
@@ -348,15 +349,11 @@ def backward_into(
     sum_rows_into(partials, g_weight, g_bias)
 
 
-def _whole(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     y, final_state = _forward_fake(x, weight)
-    arguments = (weight.contiguous(), _whole(bias), _whole(initial_state), document_start, silu)
+    arguments = (weight.contiguous(), contiguous(bias), contiguous(initial_state), document_start, silu)
     forward_into(unit_stride(x), *arguments, y, final_state)
     return y, final_state
 
@@ -376,8 +373,8 @@ def _backward(
     g_bias = None if bias is None else others[0]
     g_initial = None if initial_state is None else others[-1]
     g_y = torch.zeros_like(x) if g_y is None else g_y
-    arguments = (weight.contiguous(), _whole(bias), _whole(initial_state), document_start, silu)
-    backward_into(unit_stride(x), *arguments, unit_stride(g_y), _whole(g_final), g_x, g_weight, g_bias, g_initial)
+    arguments = (weight.contiguous(), contiguous(bias), contiguous(initial_state), document_start, silu)
+    backward_into(unit_stride(x), *arguments, unit_stride(g_y), contiguous(g_final), g_x, g_weight, g_bias, g_initial)
     return gradients
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
+from mamba_kernels.common import unit_stride
 
 PACK = tl.constexpr(8)  # Elements that a thread loads at once and folds into one maximum and one sum.
 SCALING_PROGRAMS = 1024
@@ -105,15 +106,11 @@ def _scaling_kernel(x_ptr, factor_ptr, elements, BLOCK: tl.constexpr):
             tl.store(x_ptr + positions, (x * factor).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def _with_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
 def statistics_into(
     logits: Tensor, targets: Tensor, vocab_start: int, largest: Tensor, total: Tensor, target_logit: Tensor
 ) -> None:
     """Write the statistics of the rows of [T, v], float32 [T] each."""
-    logits = _with_rows(logits)
+    logits = unit_stride(logits)
     rows, v = logits.shape
     launch(
         _statistics_kernel, (rows,), logits, targets, largest, total, target_logit, v, vocab_start, logits.stride(0),
@@ -123,7 +120,7 @@ def statistics_into(
 
 def gradient_into(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: Tensor, vocab_start: int, gradient: Tensor) -> None:
     """Write the gradient of logits [T, v] into `gradient` [T, v], which may be the logits themselves."""
-    logits = _with_rows(logits)
+    logits = unit_stride(logits)
     rows, v = logits.shape
     meta = GRADIENT(logits.dtype)
     strides = (t.stride(0) for t in (logits, targets, log_sum_exp, scale, gradient))

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from mamba_kernels.activation.fused import sigmoid
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.norm.fused import as_rows, block_meta, sum_rows_into
+from mamba_kernels.common import as_rows
+from mamba_kernels.norm.fused import block_meta, sum_rows_into
 
 
 def _forward_candidates(dtype: torch.dtype, columns: int, groups: int) -> list[Meta]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
+from mamba_kernels.common import as_rows, contiguous
 
 
 def block_meta(
@@ -149,17 +150,6 @@ def sum_rows_into(partials_RN: Tensor, first: Tensor, second: Tensor | None = No
     launch(_sum_rows_kernel, grid, partials_RN, first, second, rows, first.numel(), columns, **meta)
 
 
-def unit_stride(t: Tensor) -> Tensor:
-    """With the elements of the last dimension next to each other: the tensor itself where they are."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """[..., F] as [T, F] with the elements of a row next to each other: a view where the strides allow one."""
-    t = unit_stride(t)
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
 def _row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
@@ -204,8 +194,7 @@ def _without_programs(meta: Meta) -> Meta:
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, layer: bool, one_plus: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.contiguous()
-    forward_into(as_rows(x), None, weight.contiguous(), bias, as_rows(out), None, eps, layer, one_plus)
+    forward_into(as_rows(x), None, weight.contiguous(), contiguous(bias), as_rows(out), None, eps, layer, one_plus)
     return out
 
 
@@ -213,8 +202,8 @@ def _add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, layer: bool, one_plus: bool
 ) -> tuple[Tensor, Tensor]:
     out, h = _add_norm_fake(x, residual)
-    bias = None if bias is None else bias.contiguous()
-    forward_into(as_rows(x), as_rows(residual), weight.contiguous(), bias, as_rows(out), as_rows(h), eps, layer, one_plus)
+    into = (as_rows(out), as_rows(h))
+    forward_into(as_rows(x), as_rows(residual), weight.contiguous(), contiguous(bias), *into, eps, layer, one_plus)
     return out, h
 
 

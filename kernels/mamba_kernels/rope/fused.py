@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.norm.fused import unit_stride
+from mamba_kernels.common import unit_stride
 
 
 def _candidates(dtype: torch.dtype, half: int) -> list[Meta]:

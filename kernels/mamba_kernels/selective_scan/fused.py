@@ -22,19 +22,13 @@ padded. Decays are powers of two: A is kept times log2(e). `g_` before a name is
 import triton
 import triton.language as tl
 
+from mamba_kernels.activation.fused import softplus
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = tl.constexpr(64)  # Channels of a program: two a lane.
 COLUMNS = tl.constexpr(16)  # State dimensions of a program: as many as the smallest matrix product has columns.
 STEPS = tl.constexpr(8)  # Tokens whose states, decays and gradients the adjoint recurrence has in registers.
-
-
-@triton.jit
-def _softplus(v):
-    """log(1 + exp(v)), to the last bits of float32 for small exp(v) too."""
-    small = tl.exp(-tl.abs(v))
-    whole = 1.0 + small
-    return tl.maximum(v, 0.0) + (tl.log(whole) + (small - (whole - 1.0)) / whole)
 
 
 @triton.jit
@@ -143,7 +137,7 @@ def prepare_kernel(
             if BIAS:
                 v += tl.load(bias_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)[None, :]
             if SOFTPLUS:
-                v = _softplus(v)
+                v = softplus(v)
             tl.store(out_ptr + t.to(tl.int64) * BLOCK + lane[None, :], tl.where(inside, v, 0.0), mask=t < end)
         if (segment == 0) & (batch == 0):
             inside = (channel[None, :] < E) & (n[:, None] < N)
@@ -219,7 +213,7 @@ def chunk_kernel(
 
 @triton.jit
 def carry_kernel(
-    state_ptr, sum_ptr, A_ptr, begin_ptr, end_ptr, E, N, chunks, s_begin_b, s_begin_k, s_end_b, s_end_k, s_end_e, s_end_n,
+    state_ptr, sum_ptr, A_ptr, begin_ptr, end_ptr, chunks,
     REVERSE: tl.constexpr, BEGIN: tl.constexpr, STORE: tl.constexpr, END: tl.constexpr, NT: tl.constexpr,
 ):  # fmt: skip
     """From what the chunks leave of a zero state, what there is before each (in its place, if STORE) and at the end.
@@ -229,13 +223,11 @@ def carry_kernel(
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     blocks = tl.num_programs(0)
     n, lane = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
-    channel = block * BLOCK + lane[None, :]
-    inside = (channel < E) & (n[:, None] < N)
     state_at = n[:, None] * BLOCK + lane[None, :]
     A = tl.load(A_ptr + block * (NT * BLOCK) + state_at)
     carried = tl.zeros([COLUMNS, BLOCK], tl.float32)
     if BEGIN:
-        carried += tl.load(begin_ptr + batch * s_begin_b + block.to(tl.int64) * s_begin_k + state_at)
+        carried += tl.load(begin_ptr + (batch * blocks + block) * (NT * BLOCK) + state_at)
     for k in range(chunks):
         place = (batch * chunks + (chunks - 1 - k if REVERSE else k)) * blocks + block
         left = tl.load(state_ptr + place * (NT * BLOCK) + state_at)
@@ -245,16 +237,14 @@ def carry_kernel(
         reset = total == float("inf")
         carried = tl.where(reset, 0.0, tl.exp2(tl.where(reset, 0.0, total) * A)) * carried + left
     if END:
-        at = end_ptr + batch * s_end_b + block.to(tl.int64) * s_end_k + lane[None, :].to(tl.int64) * s_end_e + n[:, None] * s_end_n
-        tl.store(at, carried, mask=inside)
+        tl.store(end_ptr + (batch * blocks + block) * (NT * BLOCK) + state_at, carried)
 
 
 @triton.jit
 def scan_kernel(
     x_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, D_ptr, begin_ptr, kept_ptr, end_ptr, y_ptr,
-    S, E, N, length, chunk_tokens, batches,
-    s_x_b, s_x_s, s_start_b, s_start_s, s_begin_b, s_begin_c, s_begin_k,
-    s_end_b, s_end_k, s_end_e, s_end_n, s_kept_b, s_y_b, s_y_p, s_y_k, s_y_s,
+    S, E, length, chunk_tokens, batches,
+    s_x_b, s_x_s, s_start_b, s_start_s, s_kept_b, s_y_b, s_y_p, s_y_k, s_y_s,
     STARTS: tl.constexpr, SKIP: tl.constexpr, BEGIN: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr,
     SEGMENT: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -267,13 +257,11 @@ def scan_kernel(
     blocks, chunks = tl.num_programs(0), tl.num_programs(1)
     n, lane = part * COLUMNS + tl.arange(0, COLUMNS), tl.max_contiguous(tl.arange(0, BLOCK), BLOCK // 32)
     channel, count = block * BLOCK + lane, E - block * BLOCK
-    real = (channel[None, :] < E) & (n[:, None] < N)
     state_at = n[:, None] * BLOCK + lane[None, :]
     A = tl.load(A_ptr + block * (NT * BLOCK) + state_at)
     state = tl.zeros([COLUMNS, BLOCK], tl.float32)
     if BEGIN:
-        begin_at = begin_ptr + batch * s_begin_b + chunk.to(tl.int64) * s_begin_c + block.to(tl.int64) * s_begin_k
-        state += tl.load(begin_at + state_at)
+        state += tl.load(begin_ptr + ((batch * chunks + chunk) * blocks + block) * (NT * BLOCK) + state_at)
     skip = tl.zeros([BLOCK], tl.float32)
     if SKIP:  # Added by one part.
         skip += tl.load(D_ptr + channel, mask=channel < tl.where(part == 0, E, 0), other=0.0).to(tl.float32)
@@ -312,8 +300,7 @@ def scan_kernel(
                 tl.store(y_at + j * s_y_s + lane, y.to(y_ptr.dtype.element_ty), mask=lane < tl.where(first + j < limit, count, 0))
             steps, xs, Bs = next_steps, next_xs, next_Bs
     if END:
-        at = end_ptr + batch * s_end_b + block.to(tl.int64) * s_end_k + lane[None, :].to(tl.int64) * s_end_e + n[:, None] * s_end_n
-        tl.store(at, state, mask=real & (channel[None, :] < tl.where(chunk == chunks - 1, E, 0)))
+        tl.store(end_ptr + (batch * blocks + block) * (NT * BLOCK) + state_at, state)
 
 
 @triton.jit
@@ -404,7 +391,6 @@ def gradient_kernel(
     x_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, columns_ptr, kept_ptr, g_y_ptr, g_begin_ptr,
     scratch_ptr, g_ptr, sum_ptr, share_ptr, g_end_ptr, S, E, N, length, chunk_tokens, batches,
     s_x_b, s_x_s, s_start_b, s_start_s, s_kept_b, s_g_y_b, s_g_y_s,
-    s_begin_b, s_begin_c, s_begin_k, s_end_b, s_end_k, s_end_e, s_end_n,
     STARTS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, EXACT: tl.constexpr,
     SEGMENT: tl.constexpr, NT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -417,8 +403,7 @@ def gradient_kernel(
     blocks, chunks, parts = tl.num_programs(0), tl.num_programs(1), NT // COLUMNS
     program = (batch * chunks + chunk) * blocks + block
     n, lane = part * COLUMNS + tl.arange(0, COLUMNS), tl.max_contiguous(tl.arange(0, BLOCK), BLOCK // 32)
-    channel, count = block * BLOCK + lane, E - block * BLOCK
-    real = (channel[None, :] < E) & (n[:, None] < N)
+    count = E - block * BLOCK
     state_at = tl.arange(0, COLUMNS)[:, None] * BLOCK + lane[None, :]
     g_ptr += (program * parts + part) * (2 * COLUMNS * BLOCK)
     g_base = g_ptr + lane[None, :]
@@ -428,8 +413,7 @@ def gradient_kernel(
     tl.store(g_ptr + COLUMNS * BLOCK + state_at, tl.zeros([COLUMNS, BLOCK], tl.float32))
     g_state = tl.zeros([COLUMNS, BLOCK], tl.float32)
     if BEGIN:
-        at = g_begin_ptr + batch * s_begin_b + chunk.to(tl.int64) * s_begin_c + block.to(tl.int64) * s_begin_k
-        g_state += tl.load(at + part * (COLUMNS * BLOCK) + state_at)
+        g_state += tl.load(g_begin_ptr + (program * parts + part) * (COLUMNS * BLOCK) + state_at)
     tl.store(g_ptr + state_at, g_state)
     begin = chunk * chunk_tokens
     limit = tl.minimum(begin + chunk_tokens, S)
@@ -502,9 +486,9 @@ def gradient_kernel(
                 tl.store(exponent_base + row_at, g_exponents[i])
         tl.debug_barrier()
     if END:
-        at = g_end_ptr + batch * s_end_b + block.to(tl.int64) * s_end_k
-        at += lane[None, :].to(tl.int64) * s_end_e + n[:, None] * s_end_n
-        tl.store(at, tl.load(g_ptr + state_at), mask=real & (channel[None, :] < tl.where(chunk == 0, E, 0)))
+        end_at = g_end_ptr + ((batch * blocks + block) * parts + part) * (COLUMNS * BLOCK) + state_at
+        if chunk == 0:
+            tl.store(end_at, tl.load(g_ptr + state_at))
 
 
 @triton.jit
@@ -543,7 +527,7 @@ def finish_kernel(
         g_step = g_step * LN_2 + g_X * x
         if SOFTPLUS:
             g_step *= tl.sigmoid(step)
-            step = _softplus(step)
+            step = softplus(step)
         g_x = g_X * step
         if SKIP:
             g_y = tl.load(g_y_ptr + batch * s_g_y_b + t * s_g_y_s + channel, mask=inside, other=0.0).to(tl.float32)

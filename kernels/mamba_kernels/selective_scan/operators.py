@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import SequenceRanks, start_gradient_after, start_state_before
+from mamba_kernels.common import SequenceRanks, contiguous, start_gradient_after, start_state_before, unit_stride
 from mamba_kernels.selective_scan import fused
+from mamba_kernels.selective_scan.reference import halves, total_decay
 
 BLOCK, COLUMNS, STEPS = fused.BLOCK.value, fused.COLUMNS.value, fused.STEPS.value
 MULTIPROCESSORS = 132  # Of the GPU the kernels were tuned on; with more or fewer, programs are shared out less evenly.
@@ -117,7 +118,7 @@ class Gradients(NamedTuple):
     C: Tensor
     D: Tensor | None
     dt_bias: Tensor | None
-    initial_state: Tensor | None  # [B, E, N], or in blocks
+    initial_state: Tensor | None  # [B, E, N]; of a window, in blocks
 
 
 class _Prepared(NamedTuple):
@@ -129,38 +130,22 @@ class _Prepared(NamedTuple):
     columns: Tensor  # [B, S / STEPS, N, 2, STEPS], for the backward
 
 
-def _rows(t: Tensor) -> Tensor:
-    """The tensor with unit last stride: itself where it has that."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _inputs(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, softplus: bool,
     document_start: Tensor | None,
 ) -> Inputs:  # fmt: skip
-    D, dt_bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
     starts = None if document_start is None else document_start.view(torch.uint8)
-    return Inputs(_rows(x), _rows(dt), A, _rows(B), _rows(C), D, dt_bias, starts, softplus)
+    x, dt, B, C = (unit_stride(t) for t in (x, dt, B, C))
+    return Inputs(x, dt, A, B, C, contiguous(D), contiguous(dt_bias), starts, softplus)
 
 
 def _strides(t: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if t is None else t.stride()[:count]
 
 
-def _state_strides(state: Tensor | None) -> tuple[int, ...]:
-    """Of sequence, block, channel in a block and state dimension, for a state [B, E, N] or in blocks."""
-    if state is None:
-        return (0,) * 4
-    if state.dim() == 5:
-        s_b, _, s_k, s_n, s_e = state.stride()
-        return s_b, s_k, s_e, s_n
-    s_b, s_e, s_n = state.stride()
-    return s_b, BLOCK * s_e, s_e, s_n
-
-
 def _new_blocks(t: Inputs) -> Tensor:
-    """A zero state in blocks, [B, 1, K, N, BLOCK]."""
-    return torch.zeros(t.x.shape[0], 1, t.blocks, t.states, BLOCK, dtype=torch.float32, device=t.x.device)
+    """A state in blocks, [B, 1, K, N, BLOCK], of which kernels write the padding too."""
+    return t.new(t.x.shape[0], 1, t.blocks, t.states, BLOCK)
 
 
 def _in_blocks(t: Inputs, state: Tensor | None) -> Tensor | None:
@@ -168,10 +153,16 @@ def _in_blocks(t: Inputs, state: Tensor | None) -> Tensor | None:
     if state is None:
         return None
     batch, _, channels, state_size = t.sizes
-    blocks, whole = _new_blocks(t), state.new_zeros(batch, t.blocks * BLOCK, state_size)
+    blocks, whole = _new_blocks(t).zero_(), state.new_zeros(batch, t.blocks * BLOCK, state_size)
     whole[:, :channels] = state
     blocks[:, 0, :, :state_size] = whole.unflatten(1, (t.blocks, BLOCK)).transpose(2, 3)
     return blocks
+
+
+def _out_of_blocks(t: Inputs, blocks: Tensor, state: Tensor) -> None:
+    """Write a state in blocks to [B, E, N]."""
+    _, _, channels, state_size = t.sizes
+    state.copy_(blocks[:, 0, :, :state_size].transpose(2, 3).flatten(1, 2)[:, :channels])
 
 
 def _chunk_tokens(t: Inputs, meta: Meta) -> int:
@@ -230,12 +221,10 @@ def _chunk_states(t: Inputs, p: _Prepared, g_y: Tensor | None, tokens: int, meta
 def _carry(
     t: Inputs, p: _Prepared, states: Tensor, sums: Tensor, begin: Tensor | None, end: Tensor | None, *, reverse: bool, store: bool
 ) -> None:
-    """From what chunks leave to what there is before each, in place if `store`; `begin` is in blocks."""
-    _, _, channels, state_size = t.sizes
+    """From what chunks leave to what there is before each, in place if `store`; `begin` and `end` in blocks."""
     launch(
-        fused.carry_kernel, (t.blocks, t.parts, states.shape[0]), states, sums, p.A, begin, end, channels, state_size,
-        states.shape[1], *_strides(begin, 3)[::2], *_state_strides(end), REVERSE=reverse, BEGIN=begin is not None, STORE=store,
-        END=end is not None, NT=t.states, num_warps=4,
+        fused.carry_kernel, (t.blocks, t.parts, states.shape[0]), states, sums, p.A, begin, end, states.shape[1], REVERSE=reverse,
+        BEGIN=begin is not None, STORE=store, END=end is not None, NT=t.states, num_warps=4,
     )  # fmt: skip
 
 
@@ -249,23 +238,24 @@ def _state_through(t: Inputs, begin: Tensor | None, g_y: Tensor | None) -> tuple
     windows = windows if g_y is None else windows[::-1]
     total, end = torch.zeros(batch, channels, dtype=torch.float32, device=t.x.device), t.new(batch, channels, state_size)
     for window in windows:
-        of_window, after = t.tokens(window), end if window is windows[-1] else _new_blocks(t)
+        of_window, after = t.tokens(window), _new_blocks(t)
         p, tokens = _prepare(of_window, backward=False), _chunk_tokens(of_window, meta)
         states, sums = _chunk_states(of_window, p, None if g_y is None else g_y[:, window], tokens, meta)
         _carry(of_window, p, states, sums, begin, after, reverse=g_y is not None, store=False)
         total += sums.sum(1).flatten(1)[:, :channels]
         begin = after
+    _out_of_blocks(t, after, end)
     return end, total
 
 
 def forward_into(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kept: Tensor | None) -> None:
     """Write y [B, S, E], the state after the last token [B, E, N], and the states before segments if `kept` for a backward."""
-    windows, begin = _forward_windows(t), _in_blocks(t, begin)
-    for window in windows:
-        kept_of_window = None if kept is None else kept[:, window.start // t.segment :]
-        after = end if window is windows[-1] else _new_blocks(t)
+    begin = _in_blocks(t, begin)
+    for window in _forward_windows(t):
+        kept_of_window, after = None if kept is None else kept[:, window.start // t.segment :], _new_blocks(t)
         _forward_window(t.tokens(window), begin, y[:, window], after, kept_of_window)
         begin = after
+    _out_of_blocks(t, after, end)
 
 
 def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kept: Tensor | None) -> None:
@@ -280,8 +270,8 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     y_strides = (y.stride(0), 0, BLOCK, y.stride(1)) if t.parts == 1 else of_parts.stride()[:4]
     launch(
         fused.scan_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, t.D, before, kept, end, of_parts,
-        length, channels, state_size, p.rows.shape[2], tokens, batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(before, 3),
-        *_state_strides(end), *_strides(kept, 1), *y_strides, STARTS=starts is not None, SKIP=t.D is not None,
+        length, channels, p.rows.shape[2], tokens, batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(kept, 1), *y_strides,
+        STARTS=starts is not None, SKIP=t.D is not None,
         BEGIN=before is not None, KEEP=kept is not None, END=chunks == 1, SEGMENT=t.segment, NT=t.states, GROUP=meta["GROUP"],
         num_warps=1,
     )  # fmt: skip
@@ -303,7 +293,7 @@ def backward_into(t: Inputs, kept: Tensor, g_y: Tensor, g_final: Tensor | None, 
     g_state_and_A = t.new(batch * last, t.blocks, t.parts, 2, COLUMNS, BLOCK)
     g_D, g_bias = t.new(batch * segments, t.blocks, BLOCK), t.new(batch * segments, t.blocks, BLOCK)
     for window, size, count in reversed(list(zip(windows, tokens, chunks, strict=True))):
-        end = g.initial_state if window.start == 0 else _new_blocks(t)
+        end = None if window.start == 0 and g.initial_state is None else _new_blocks(t)
         of_window = g._replace(x=g.x[:, window], dt=g.dt[:, window], B=g.B[:, window], C=g.C[:, window], initial_state=end)
         done = batch * window.start // t.segment
         shares = (g_state_and_A[batch * (last - count) : batch * last], g_D[done:], g_bias[done:])
@@ -311,6 +301,8 @@ def backward_into(t: Inputs, kept: Tensor, g_y: Tensor, g_final: Tensor | None, 
             t.tokens(window), kept[:, window.start // t.segment :], g_y[:, window], begin, of_window, shares, size, meta
         )
         last, begin = last - count, end
+    if g.initial_state is not None and end is not None:
+        _out_of_blocks(t, end, g.initial_state)
     launch(
         fused.sum_chunks_kernel, (t.blocks, t.parts), g_state_and_A, g_D, g_bias, g.A, g.D, g.dt_bias, channels, state_size,
         len(g_state_and_A), len(g_bias), *g.A.stride(), SKIP=g.D is not None, BIAS=g.dt_bias is not None, NT=t.states, num_warps=4,
@@ -334,9 +326,9 @@ def _backward_window(
     launch(
         fused.gradient_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, p.columns, kept, g_y, after,
         scratch, g_state_and_A, over_states, of_B_and_C, g.initial_state, length, channels, state_size, padded_length, tokens,
-        batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(kept, 1), *_strides(g_y, 2), *_strides(after, 3),
-        *_state_strides(g.initial_state), STARTS=starts is not None, BEGIN=after is not None, END=g.initial_state is not None,
-        EXACT=t.x.dtype == torch.float32, SEGMENT=t.segment, NT=t.states, AHEAD=meta["AHEAD"], num_warps=1,
+        batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(kept, 1), *_strides(g_y, 2), STARTS=starts is not None,
+        BEGIN=after is not None, END=g.initial_state is not None, EXACT=t.x.dtype == torch.float32, SEGMENT=t.segment, NT=t.states,
+        AHEAD=meta["AHEAD"], num_warps=1,
     )  # fmt: skip
     launch(
         fused.finish_kernel, (_ceil(length, t.segment), t.blocks, batch), t.x, t.dt, t.dt_bias, t.D, g_y, over_states, g.x, g.dt,
@@ -383,7 +375,7 @@ def _backward(
     given = (x, dt, A, B, C, D, dt_bias, initial_state)
     t = _inputs(x, dt, A, B, C, D, dt_bias, softplus, document_start)
     g = Gradients(*(None if of is None else out for of, out in zip(given, outputs, strict=True)))  # type: ignore[arg-type]
-    backward_into(t, kept, _rows(g_y), g_final, g)
+    backward_into(t, kept, unit_stride(g_y), g_final, g)
     return outputs
 
 
@@ -443,19 +435,8 @@ def selective_scan(
     return y, final_state
 
 
-def _total_decay(A: Tensor, sum_BE: Tensor) -> Tensor:
-    """What steps of that sum leave of a state, [B, E, N]."""
-    sum_BE1 = sum_BE.unsqueeze(2)
-    return (A.float() * sum_BE1).exp_().masked_fill_(sum_BE1.isinf(), 0.0)
-
-
-def _parts(channels: int) -> list[slice]:
-    """The channels of each of the two parts: the exchange of one overlaps the work on the other."""
-    return [slice(channels // 2), slice(channels // 2, None)] if channels > 1 else [slice(None)]
-
-
 class _SpreadScan(torch.autograd.Function):
-    """The scan of one piece of a sequence spread over ranks: see `reference`."""
+    """The scan of a sequence spread over ranks: see `reference`."""
 
     @staticmethod
     def forward(
@@ -464,11 +445,11 @@ class _SpreadScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         whole = _inputs(x, dt, A, B, C, D, dt_bias, softplus, document_start)
         y, final_state = x.new_empty(x.shape), whole.new(x.shape[0], *A.shape)
-        parts, arriving, kept = _parts(x.shape[2]), list[Callable[[], Tensor]](), list[Tensor]()
+        parts, arriving, kept = halves(x.shape[2], ranks), list[Callable[[], Tensor]](), list[Tensor]()
         for part in parts:
             t = whole.channels(part)
             state, total = _state_through(t, None, None)
-            arriving.append(start_state_before(ranks, total, state, partial(_total_decay, t.A)))
+            arriving.append(start_state_before(ranks, total, state, partial(total_decay, t.A.float(), state_dim=2)))
         for part, state_before in zip(parts, arriving, strict=True):
             t = whole.channels(part)
             kept.append(t.new(*_kept_shape(t.x, t.A)))
@@ -481,12 +462,12 @@ class _SpreadScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, dt_bias, document_start, *kept = ctx.saved_tensors
-        whole, g_y = _inputs(x, dt, A, B, C, D, dt_bias, ctx.softplus, document_start), _rows(g_y)
-        parts, arriving = _parts(x.shape[2]), list[Callable[[], Tensor]]()
+        whole, g_y = _inputs(x, dt, A, B, C, D, dt_bias, ctx.softplus, document_start), unit_stride(g_y)
+        parts, arriving = halves(x.shape[2], ctx.ranks), list[Callable[[], Tensor]]()
         for part in parts:
             t = whole.channels(part)
             gradient, total = _state_through(t, g_final[:, part], g_y[..., part])
-            arriving.append(start_gradient_after(ctx.ranks, total, gradient, partial(_total_decay, t.A)))
+            arriving.append(start_gradient_after(ctx.ranks, total, gradient, partial(total_decay, t.A.float(), state_dim=2)))
         g_x, g_dt, g_A = (t.new_empty(t.shape) for t in (x, dt, A))
         g_D, g_bias = (None if t is None else t.new_empty(t.shape) for t in (D, dt_bias))
         # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.

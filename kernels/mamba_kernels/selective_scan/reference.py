@@ -68,7 +68,7 @@ class _Tensors(NamedTuple):
         return _Tensors(self.x[..., channels], self.dt[..., channels], self.A[:, channels], self.B, self.C, D)
 
 
-def _parts(channels: int, ranks: SequenceRanks | None) -> list[slice]:
+def halves(channels: int, ranks: SequenceRanks | None) -> list[slice]:
     """The channels of each part: all for one rank, two halves for several."""
     if ranks is None or channels == 1:
         return [ALL]
@@ -170,7 +170,7 @@ def _start_state(t: _Tensors, document_start: Tensor | None, ranks: SequenceRank
     state, work = t.dt.new_zeros(t.x.shape[0], *t.A.shape), _work(t, 2)
     for tokens in _blocks(t.x.shape[1]):
         state = _load_block(tokens, t, document_start, state, work).states[-1].clone()
-    return start_state_before(ranks, _sum_dt(t, document_start), state, partial(_total_decay, t.A))
+    return start_state_before(ranks, _sum_dt(t, document_start), state, partial(total_decay, t.A))
 
 
 def _start_gradient(
@@ -184,7 +184,7 @@ def _start_gradient(
         g_states = torch.mul(C_QBN.unsqueeze(3), g_y_QBE.unsqueeze(2), out=work[1][: len(g_y_QBE)])
         for decay, g_step in zip(reversed(decay_QBNE.unbind()), reversed(g_states.unbind()), strict=True):
             torch.mul(g_step.add_(g_state), decay, out=g_state)
-    after = start_gradient_after(ranks, _sum_dt(t, document_start), g_state, partial(_total_decay, t.A))
+    after = start_gradient_after(ranks, _sum_dt(t, document_start), g_state, partial(total_decay, t.A))
     return lambda: after().add_(g_final)
 
 
@@ -194,10 +194,10 @@ def _sum_dt(t: _Tensors, document_start: Tensor | None) -> Tensor:
     return sum_BE if document_start is None else sum_BE.masked_fill_(document_start.any(1, keepdim=True), torch.inf)
 
 
-def _total_decay(A_NE: Tensor, sum_BE: Tensor) -> Tensor:
-    """What steps of that sum leave of a state, [B, N, E]."""
-    sum_B1E = sum_BE.unsqueeze(1)
-    return (A_NE * sum_B1E).exp_().masked_fill_(sum_B1E.isinf(), 0.0)
+def total_decay(A: Tensor, sum_BE: Tensor, state_dim: int = 1) -> Tensor:
+    """What steps of that sum leave of a state: [B, N, E] for A [N, E], or [B, E, N] for A [E, N] and `state_dim` 2."""
+    sums = sum_BE.unsqueeze(state_dim)
+    return (A * sums).exp_().masked_fill_(sums.isinf(), 0.0)
 
 
 class _BlockedScan(torch.autograd.Function):
@@ -215,7 +215,7 @@ class _BlockedScan(torch.autograd.Function):
         ranks: SequenceRanks | None,
     ) -> tuple[Tensor, Tensor]:
         whole = _Tensors(x, dt, A.to(dt.dtype).T.contiguous(), B, C, None if D is None else D.to(dt.dtype))
-        parts = _parts(x.shape[2], ranks)
+        parts = halves(x.shape[2], ranks)
         arriving: list[Callable[[], Tensor]]
         if ranks is not None:
             arriving = [_start_state(whole.part(part), document_start, ranks) for part in parts]
@@ -238,7 +238,7 @@ class _BlockedScan(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, initial_state, document_start, *states_before = ctx.saved_tensors
         whole = _Tensors(x, dt, A.to(dt.dtype).T.contiguous(), B, C, None if D is None else D.to(dt.dtype))
-        parts = _parts(x.shape[2], ctx.ranks)
+        parts = halves(x.shape[2], ctx.ranks)
         # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
         sum_dtype = dt.dtype if len(parts) > 1 else None
         g_B, g_C = (torch.zeros_like(s, dtype=sum_dtype, memory_format=torch.contiguous_format) for s in (B, C))

@@ -40,11 +40,12 @@ def ssd(
     Shapes: x [B, S, H, P]; dt [B, S, H]; A, D, dt_bias [H] (A negative); B, C [B, S, G, N] with G a divisor of H;
     initial_state [B, H, P, N], zero if None; document_start [B, S] bool, True at the first token of a document, which
     the state before it (the initial state too) does not reach. `chunk_size` is any number of tokens; it changes speed
-    and memory only, and None picks it.
+    and memory of the reference only, and None picks it: the fused kernels have their own.
 
     Returns y [B, S, H, P] in the dtype of x, and with `return_final_state` also the state after the last token,
     [B, H, P, N] in float32 (float64 if x is). Differentiable in every floating-point argument, also through the final
-    state. Computes in the dtype of the state.
+    state. Computes in the dtype of the state; the fused kernels' matrix products have operands in the dtype of x (the states
+    that they keep between chunks too) and float32 sums.
 
     `ranks` are those over which the sequence is spread (section 8.2): S is the length of this rank's piece, and y, final
     state and gradients of the piece are what the whole sequence gives; the gradients of A, D and dt_bias are this rank's

@@ -8,8 +8,7 @@ and writes it before each, in the dtype of the matrix products;  3. output: a pr
 which share C_i . B_j.
 Backward: 2. the same sweep in reverse, for the gradient of the state after each chunk;  4. that of C_i . B_j, summed over heads;
 5. those of C and B;  6. that of x;  7. that of dt, with the sums for A, D and dt_bias. No [Q, Q] of a head leaves a program. All
-sums
-have a fixed order: gradients are the same every run.
+sums have a fixed order: gradients are the same every run.
 
 The tokens of the second half of a chunk see those of the first through C_i . B_j too, but with a decay that is the product of those
 to and from the border between them, each at most 1: no exponential and no product a pair of tokens, only scaled rows of x. That
@@ -23,17 +22,10 @@ short stretch is a small difference of sums that may be large. `g_` before a nam
 import triton
 import triton.language as tl
 
+from mamba_kernels.activation.fused import softplus
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_EXPONENT = tl.constexpr(126.0)  # Keeps what a mask sets to zero finite.
-
-
-@triton.jit
-def _softplus(v):
-    """log(1 + exp(v)), to the last bits of float32 for small exp(v) too."""
-    small = tl.exp(-tl.abs(v))
-    # log(1 + e) loses the low bits of e below 1; its series does not.
-    series = small * (1.0 - small * (0.5 - small * (0.3333333333333333 - 0.25 * small)))
-    return tl.maximum(v, 0.0) + tl.where(small < 0.01, series, tl.log(1.0 + small))
 
 
 @triton.jit
@@ -49,7 +41,7 @@ def decays_kernel(
     if HAS_BIAS:
         step += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
     if SOFTPLUS:
-        step = _softplus(step)
+        step = softplus(step)
     step = tl.trans(tl.where(mask, step, 0.0))
     A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float64) * LOG2_E
     cs = tl.cumsum(step.to(tl.float64) * A[:, None], axis=1)
@@ -107,6 +99,12 @@ def _store_rows(ptr, r, stride, mask, columns, limit, value, EVEN: tl.constexpr)
 
 
 @triton.jit
+def _at(ptr, b, s_b, i, s_i):
+    """Where head or group i of sequence b begins."""
+    return ptr + b * s_b + i.to(tl.int64) * s_i
+
+
+@triton.jit
 def states_kernel(
     v_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
     S, H, K, P, N, chunks, segment, s_v_b, s_v_s, s_v_h, s_w_b, s_w_s, s_w_g, s_cs_b, s_doc_b,
@@ -122,8 +120,7 @@ def states_kernel(
     p, n, q = (tile // tiles_n) * BP + tl.arange(0, BP), (tile % tiles_n) * BN + tl.arange(0, BN), tl.arange(0, STEP)
     in_state = (p[:, None] < P) & (n[None, :] < N)
     at_state = p[:, None] * N + n[None, :]
-    v_ptr += b * s_v_b + h.to(tl.int64) * s_v_h
-    w_ptr += b * s_w_b + (h // K).to(tl.int64) * s_w_g
+    v_ptr, w_ptr = _at(v_ptr, b, s_v_b, h, s_v_h), _at(w_ptr, b, s_w_b, h // K, s_w_g)
     head = b * s_cs_b + h.to(tl.int64) * S
     ends_at = ((b * parts + part) * H + h) * P * N
     state = tl.zeros((BP, BN), dtype=tl.float32)
@@ -196,60 +193,135 @@ def carry_kernel(
 
 
 @triton.jit
-def output_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
-    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h, s_cs_b,
-    s_doc_b,
+def _output_rows(
+    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
+    s_cs_b, s_doc_b, SECOND: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
 ):  # fmt: skip
-    """y of half a chunk, for some heads of a group."""
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
-    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
+    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + (R if SECOND else 0)
     t = begin + r
-    before = (t < S) & (t >= c * Q + R)  # Whether token t - R is one of the first half, of which this is the second.
-    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
-    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
-    B_before = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, c * Q, s_B_s, before, n, N, EVEN, OPERAND)
+    B_ptr, C_ptr = _at(B_ptr, b, s_B_b, g, s_B_g), _at(C_ptr, b, s_C_b, g, s_C_g)
+    B = _rows(B_ptr, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(C_ptr, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
     CB = tl.where(r[:, None] >= r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
-    CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
+    if SECOND:
+        B_before = _rows(B_ptr, r, c * Q, s_B_s, t - R < S, n, N, EVEN, OPERAND)
+        CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
     from_state = t < S
     if HAS_DOCS:
         doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
-        doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=before, other=-1)
         CB = tl.where(doc[:, None] == doc[None, :], CB, 0.0)
-        CB_before = tl.where(doc[:, None] == doc_before[None, :], CB_before, 0.0)
         from_state = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
-    CB_before = CB_before.to(OPERAND)
+        if SECOND:
+            doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=t - R < S, other=-1)
+            CB_before = tl.where(doc[:, None] == doc_before[None, :], CB_before, 0.0)
+    if SECOND:
+        CB_before = CB_before.to(OPERAND)
     for k in range(heads):
         h = g * K + tl.program_id(2) * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
         cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
-        cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, before, PRECISE)
-        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, begin - 1, begin > c * Q, PRECISE)
         step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        step_before = tl.load(step_ptr + head + t - R, mask=before, other=0.0)
         # In this order, as zeros of CB times a product that overflows would not be zero.
         M = (CB * _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]).to(OPERAND)
-        decay = _between(cs, lo, cs_border, lo_border, PRECISE)
-        decay_state = tl.where(from_state, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
-        weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before  # 0 without a half before
-        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
-        y_head = y_ptr + b * s_y_b + h.to(tl.int64) * s_y_h + begin * s_y_s
+        if SECOND:
+            border = tl.minimum(begin, S) - 1
+            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
+            cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, t - R < S, PRECISE)
+            step_before = tl.load(step_ptr + head + t - R, mask=t - R < S, other=0.0)
+            decay = _between(cs, lo, cs_border, lo_border, PRECISE)
+            decay_state = tl.where(from_state, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
+            weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before
+        else:
+            decay_state = tl.where(from_state, _between(cs, lo, 0.0, 0.0, PRECISE), 0.0)
+        x_head, y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(y_ptr, b, s_y_b, h, s_y_h) + begin * s_y_s
         for block_p in tl.static_range(PADDED_P // BP):
             p = block_p * BP + tl.arange(0, BP)
             state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
             x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
-            x_before = _rows(x_head, r, c * Q, s_x_s, before, p, P, EVEN, OPERAND).to(tl.float32)
             y = tl.dot(C, tl.trans(state), input_precision="ieee") * decay_state[:, None]
-            y = tl.dot(CB_before, (x_before * weight_before[:, None]).to(OPERAND), y, input_precision="ieee")
-            y = tl.dot(M, x, y * decay[:, None], input_precision="ieee")
+            if SECOND:
+                x_before = _rows(x_head, r, c * Q, s_x_s, t - R < S, p, P, EVEN, OPERAND).to(tl.float32)
+                y = tl.dot(CB_before, (x_before * weight_before[:, None]).to(OPERAND), y, input_precision="ieee")
+                y *= decay[:, None]
+            y = tl.dot(M, x, y, input_precision="ieee")
             if HAS_D:
                 y += x.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
             _store_rows(y_head, r, s_y_s, t < S, p, P, y, EVEN)
+
+
+@triton.jit
+def output_kernel(
+    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
+    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
+    s_cs_b, s_doc_b,
+    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """y of half a chunk, for some heads of a group."""
+    c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    if tl.program_id(0) % 2 == 0:
+        _output_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
+            s_cs_b, s_doc_b, False, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+        )  # fmt: skip
+    else:
+        _output_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
+            s_cs_b, s_doc_b, True, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pairs_of_heads(
+    CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
+    S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, BELOW: tl.constexpr,
+    PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """The sum over heads of the gradients of C_i . B_j, for the rows i from `begin` and the columns j from `begin_j`: those of the
+    same half of a chunk, or of the one BELOW the other."""
+    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    r = tl.arange(0, R)
+    i, j = begin + r, begin_j + r
+    g_CB, earlier = tl.zeros((R, R), dtype=tl.float32), tl.where(r[:, None] < r[None, :], 1.0, 0.0).to(OPERAND)
+    for k in range(heads):
+        h = g * K + tl.program_id(2) * heads + k
+        head, at = b * s_cs_b + h.to(tl.int64) * S, (b * H + h) * S
+        x_head, g_y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(g_y_ptr, b, s_gy_b, h, s_gy_h)
+        g_M = tl.zeros((R, R), dtype=tl.float32)
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            g_y = _rows(g_y_head, r, begin, s_gy_s, i < S, p, P, EVEN, OPERAND)
+            x = _rows(x_head, r, begin_j, s_x_s, j < S, p, P, EVEN, OPERAND)
+            g_M = tl.dot(g_y, tl.trans(x), g_M, input_precision="ieee")
+        cs_i, lo_i = _load_cs(cs_ptr + head, lo_ptr + head, i, i < S, PRECISE)
+        cs_j, lo_j = _load_cs(cs_ptr + head, lo_ptr + head, j, j < S, PRECISE)
+        step = tl.load(step_ptr + head + j, mask=j < S, other=0.0)
+        if BELOW:
+            border = tl.minimum(begin, S) - 1
+            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
+            decay = tl.where(i < S, _between(cs_i, lo_i, cs_border, lo_border, PRECISE), 0.0)
+            g_M *= decay[:, None] * (_between(cs_border, lo_border, cs_j, lo_j, PRECISE) * step)[None, :]
+            g_CB += g_M
+            g_M *= CB
+            tl.store(g_row_ptr + at + i, tl.sum(g_M, axis=1), mask=i < S)
+            tl.store(g_after_ptr + at + j, tl.sum(g_M, axis=0), mask=j < S)
+        else:
+            g_M *= _between(cs_i[:, None], lo_i[:, None], cs_j[None, :], lo_j[None, :], PRECISE) * step[None, :]
+            g_M = tl.where(visible, g_M, 0.0)
+            g_CB += g_M
+            g_M *= CB
+            # a_k is in L_ij for j < k <= i. Summed as such: in the difference of row sums and column sums, small gradients
+            # would be rounding errors, which a large dt makes large.
+            g_inside = tl.where(r[:, None] >= r[None, :], tl.dot(g_M.to(OPERAND), earlier, input_precision="ieee"), 0.0)
+            tl.store(g_inside_ptr + at + i, tl.sum(g_inside, axis=0), mask=i < S)
+    return g_CB
 
 
 @triton.jit
@@ -260,85 +332,53 @@ def pair_gradient_kernel(
     HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
 ):  # fmt: skip
-    """For the rows i of half a chunk and some heads of a group: the sum over heads of the gradients of C_i . B_j, for j in this
-    half and
-    in the one before; and for each head the gradient of a_k through the decays L_ij inside the half, and those of the logarithms
-    of the
-    decays from the half's start to row i, and from token j of the half before to that half's end."""
+    """The gradients of C_i . B_j for some heads of a group, summed over them, in one of the three blocks of a chunk with i >= j: on
+    the diagonal, those of its halves; below it, that of i in the second half and j in the first. For each head besides, on the
+    diagonal the gradient of a_k through the decays L_ij inside the half; below it those of the logarithms of the decays from the
+    border to row i, and from token j to the border."""
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
-    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
-    b, g, split = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)
-    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
-    t = begin + r
-    before = (t < S) & (t >= c * Q + R)
-    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
-    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
-    B_before = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, c * Q, s_B_s, before, n, N, EVEN, OPERAND)
+    c, block = (tl.program_id(0) // 3).to(tl.int64), tl.program_id(0) % 3
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    r, n = tl.arange(0, R), tl.arange(0, PADDED_N)
+    row, column = tl.where(block == 0, 0, R), tl.where(block == 1, R, 0)
+    begin, begin_j = c * Q + row, c * Q + column
+    i, j = begin + r, begin_j + r
+    B = _rows(_at(B_ptr, b, s_B_b, g, s_B_g), r, begin_j, s_B_s, j < S, n, N, EVEN, OPERAND)
+    C = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), r, begin, s_C_s, i < S, n, N, EVEN, OPERAND)
+    CB = tl.dot(C, tl.trans(B), input_precision="ieee")
+    visible = (i[:, None] >= j[None, :]) & (i[:, None] < S)
+    if HAS_DOCS:
+        doc_i = tl.load(doc_ptr + b * s_doc_b + i, mask=i < S, other=-2)
+        doc_j = tl.load(doc_ptr + b * s_doc_b + j, mask=j < S, other=-1)
+        visible = visible & (doc_i[:, None] == doc_j[None, :])
     # L_ii = 1 has no gradient.
-    CB = tl.where(r[:, None] > r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
-    CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
-    visible, visible_before = (r[:, None] >= r[None, :]) & (t[:, None] < S), before[:, None] & (r[None, :] >= 0)
-    if HAS_DOCS:
-        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
-        doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=before, other=-1)
-        visible = visible & (doc[:, None] == doc[None, :])
-        visible_before = visible_before & (doc[:, None] == doc_before[None, :])
-        CB_before = tl.where(visible_before, CB_before, 0.0)
-    g_CB, g_CB_before = tl.zeros((R, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
-    earlier = tl.where(r[:, None] < r[None, :], 1.0, 0.0).to(OPERAND)
-    for k in range(heads):
-        h = g * K + split * heads + k
-        head = b * s_cs_b + h.to(tl.int64) * S
-        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
-        cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, before, PRECISE)
-        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, begin - 1, begin > c * Q, PRECISE)
-        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        step_before = tl.load(step_ptr + head + t - R, mask=before, other=0.0)
-        decay = _between(cs, lo, cs_border, lo_border, PRECISE)
-        weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before  # 0 without a half before
-        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
-        g_y_head = g_y_ptr + b * s_gy_b + h.to(tl.int64) * s_gy_h
-        g_M, g_M_before = tl.zeros((R, R), dtype=tl.float32), tl.zeros((R, R), dtype=tl.float32)
-        for block_p in tl.static_range(PADDED_P // BP):
-            p = block_p * BP + tl.arange(0, BP)
-            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
-            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
-            x_before = _rows(x_head, r, c * Q, s_x_s, before, p, P, EVEN, OPERAND)
-            g_M = tl.dot(g_y, tl.trans(x), g_M, input_precision="ieee")
-            g_M_before = tl.dot(g_y, tl.trans(x_before), g_M_before, input_precision="ieee")
-        g_M_before *= decay[:, None] * weight_before[None, :]
-        g_CB_before += g_M_before
-        g_M_before *= CB_before
-        g_M *= _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]
-        g_M = tl.where(visible, g_M, 0.0)
-        g_CB += g_M
-        g_M *= CB
-        at = (b * H + h) * S + t
-        # a_k is in L_ij for j < k <= i. Summed as such: in the difference of row sums and column sums, small gradients would be
-        # rounding errors, which a large dt makes large.
-        g_inside = tl.where(r[:, None] >= r[None, :], tl.dot(g_M.to(OPERAND), earlier, input_precision="ieee"), 0.0)
-        tl.store(g_inside_ptr + at, tl.sum(g_inside, axis=0), mask=t < S)
-        tl.store(g_row_ptr + at, tl.sum(g_M_before, axis=1), mask=t < S)
-        tl.store(g_after_ptr + at - R, tl.sum(g_M_before, axis=0), mask=(t - R < S) & (t >= c * Q + R))
-    if HAS_DOCS:
-        g_CB_before = tl.where(visible_before, g_CB_before, 0.0)
-    at_rows = g_CB_ptr + (((b * chunks + c) * G + g) * tl.num_programs(2) + split) * Q * Q + half * R * Q
-    tl.store(at_rows + half * R + (r[:, None] * Q + r[None, :]), g_CB.to(OPERAND))
-    if half > 0:
-        tl.store(at_rows + (r[:, None] * Q + r[None, :]), g_CB_before.to(OPERAND))
+    CB = tl.where(visible & (i[:, None] > j[None, :]), CB, 0.0)
+    if block < 2:
+        g_CB = _pairs_of_heads(
+            CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
+            S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, False, PRECISE, EVEN, R, PADDED_P, BP,
+        )  # fmt: skip
+    else:
+        g_CB = _pairs_of_heads(
+            CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
+            S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, True, PRECISE, EVEN, R, PADDED_P, BP,
+        )  # fmt: skip
+    g_CB = tl.where(visible, g_CB, 0.0)
+    g_CB_ptr += (((b * chunks + c) * G + g) * tl.num_programs(2) + tl.program_id(2)) * Q * Q + row * Q + column
+    tl.store(g_CB_ptr + (r[:, None] * Q + r[None, :]), g_CB.to(OPERAND))
 
 
 @triton.jit
 def group_gradient_kernel(
     v_ptr, B_ptr, C_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, g_CB_ptr, g_ptr, g_start_ptr,
     S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_g_k, s_g_b, s_g_s, s_g_g,
-    s_cs_b, s_doc_b, OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    s_cs_b, s_doc_b,
+    OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, ROWS: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C (v = g_y, states: those before each chunk) or of B (v = x, states: the gradients of those after) for some
-    rows of a
-    chunk and some heads of a group; with the former that of the logarithm of E_i, for each head."""
+    rows of a chunk and some heads of a group; with the former that of the logarithm of E_i, for each head."""
     OPERAND: tl.constexpr = v_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
     blocks: tl.constexpr = Q // ROWS
@@ -347,7 +387,7 @@ def group_gradient_kernel(
     r, q, n = tl.arange(0, ROWS), tl.arange(0, Q), tl.arange(0, PADDED_N)
     begin, end = c * Q + first, tl.minimum(c * Q + Q, S) - 1
     t = begin + r
-    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
     inside = t < S
     if HAS_DOCS:
         doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
@@ -370,7 +410,7 @@ def group_gradient_kernel(
         for block_p in tl.static_range(PADDED_P // BP):
             p = block_p * BP + tl.arange(0, BP)
             state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
-            v = _rows(v_ptr + b * s_v_b + h.to(tl.int64) * s_v_h, r, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
+            v = _rows(_at(v_ptr, b, s_v_b, h, s_v_h), r, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
             if not OF_B:
                 g_start += tl.sum(tl.dot(C, tl.trans(state), input_precision="ieee") * v, axis=1)
             gradient = tl.dot((v * weight[:, None]).to(OPERAND), state, gradient, input_precision="ieee")
@@ -381,13 +421,88 @@ def group_gradient_kernel(
     row, column = (first + r)[:, None], q[None, :]
     if OF_B:
         g_CB = tl.load(tile + (column * Q + row), mask=column // R >= row // R, other=0.0)
-        other = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, q, c * Q, s_C_s, c * Q + q < S, n, N, EVEN, OPERAND)
+        other = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), q, c * Q, s_C_s, c * Q + q < S, n, N, EVEN, OPERAND)
     else:
         g_CB = tl.load(tile + (row * Q + column), mask=column // R <= row // R, other=0.0)
-        other = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, q, c * Q, s_B_s, c * Q + q < S, n, N, EVEN, OPERAND)
+        other = _rows(_at(B_ptr, b, s_B_b, g, s_B_g), q, c * Q, s_B_s, c * Q + q < S, n, N, EVEN, OPERAND)
     gradient = tl.dot(g_CB, other, gradient, input_precision="ieee")
     g_ptr += split.to(tl.int64) * s_g_k + b * s_g_b + begin * s_g_s + g.to(tl.int64) * s_g_g
     _store_rows(g_ptr, r, s_g_s, t < S, n, N, gradient, EVEN)
+
+
+@triton.jit
+def _x_gradient_rows(
+    x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr, g_D_ptr,
+    b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
+    s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, FIRST: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+):  # fmt: skip
+    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    R: tl.constexpr = Q // 2
+    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + (0 if FIRST else R)
+    t, end = begin + r, tl.minimum(c * Q + Q, S) - 1
+    B_ptr, C_ptr = _at(B_ptr, b, s_B_b, g, s_B_g), _at(C_ptr, b, s_C_b, g, s_C_g)
+    B = _rows(B_ptr, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
+    C = _rows(C_ptr, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    BC = tl.where(r[None, :] >= r[:, None], tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
+    if FIRST:
+        C_after = _rows(C_ptr, r, c * Q + R, s_C_s, t + R < S, n, N, EVEN, OPERAND)
+        BC_after = tl.dot(B, tl.trans(C_after), input_precision="ieee")
+    to_end = t < S
+    if HAS_DOCS:
+        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
+        BC = tl.where(doc[:, None] == doc[None, :], BC, 0.0)
+        to_end = doc == tl.load(doc_ptr + b * s_doc_b + end, mask=end >= 0, other=-1)
+        if FIRST:
+            doc_after = tl.load(doc_ptr + b * s_doc_b + t + R, mask=t + R < S, other=-1)
+            BC_after = tl.where(doc[:, None] == doc_after[None, :], BC_after, 0.0)
+    if FIRST:
+        BC_after = BC_after.to(OPERAND)
+    for k in range(heads):
+        h = g * K + tl.program_id(2) * heads + k
+        head = b * s_cs_b + h.to(tl.int64) * S
+        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+        M = (BC * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
+        if FIRST:
+            border = tl.minimum(begin + R, S) - 1
+            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
+            cs_after, lo_after = _load_cs(cs_ptr + head, lo_ptr + head, t + R, t + R < S, PRECISE)
+            decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
+            decay_end = tl.where(to_end, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
+            weight_after = tl.where(t + R < S, _between(cs_after, lo_after, cs_border, lo_border, PRECISE), 0.0)
+        else:
+            decay = tl.where(to_end, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
+        x_head, g_y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(g_y_ptr, b, s_gy_b, h, s_gy_h)
+        g_x_head = _at(g_x_ptr, b, s_gx_b, h, s_gx_h) + begin * s_gx_s
+        g_step, g_end = tl.zeros((R,), dtype=tl.float32), tl.zeros((R,), dtype=tl.float32)
+        g_D = tl.zeros((R,), dtype=tl.float32)
+        for block_p in tl.static_range(PADDED_P // BP):
+            p = block_p * BP + tl.arange(0, BP)
+            g_state = _state(g_states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
+            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
+            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
+            g_X = tl.dot(B, tl.trans(g_state), input_precision="ieee") * (decay_end if FIRST else decay)[:, None]
+            g_end += tl.sum(x.to(tl.float32) * g_X, axis=1)
+            if FIRST:
+                g_y_after = _rows(g_y_head, r, c * Q + R, s_gy_s, t + R < S, p, P, EVEN, OPERAND).to(tl.float32)
+                g_X = tl.dot(BC_after, (g_y_after * weight_after[:, None]).to(OPERAND), g_X, input_precision="ieee")
+                g_X *= decay[:, None]
+            g_X = tl.dot(M, g_y, g_X, input_precision="ieee")
+            g_step += tl.sum(x.to(tl.float32) * g_X, axis=1)
+            g_X *= step[:, None]
+            if HAS_D:
+                g_y = g_y.to(tl.float32)
+                g_X += g_y * tl.load(D_ptr + h).to(tl.float32)
+                g_D += tl.sum(g_y * x.to(tl.float32), axis=1)
+            _store_rows(g_x_head, r, s_gx_s, t < S, p, P, g_X, EVEN)
+        at = (b * H + h) * S + t
+        tl.store(g_step_ptr + at, g_step, mask=t < S)
+        tl.store(g_end_ptr + at, (g_end * decay if FIRST else g_end) * step, mask=t < S)
+        if HAS_D:
+            tl.store(g_D_ptr + at, g_D, mask=t < S)
 
 
 @triton.jit
@@ -398,75 +513,29 @@ def x_gradient_kernel(
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
 ):  # fmt: skip
-    """For the tokens j of half a chunk and some heads of a group: the gradient of x_j, and for each head those of dt_j through
-    X_j, of
-    the logarithm of the decay F_j to the chunk's end, and of D."""
-    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
-    R: tl.constexpr = Q // 2
-    c, half = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
-    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + half * R
-    t, end, border = begin + r, tl.minimum(c * Q + Q, S) - 1, tl.minimum(begin + R, S) - 1
-    after = (t + R < S) & (t < c * Q + R)  # Whether token t + R is one of the second half, of which this is the first.
-    B = _rows(B_ptr + b * s_B_b + g.to(tl.int64) * s_B_g, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
-    C = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
-    C_after = _rows(C_ptr + b * s_C_b + g.to(tl.int64) * s_C_g, r, c * Q + R, s_C_s, after, n, N, EVEN, OPERAND)
-    BC = tl.where(r[None, :] >= r[:, None], tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
-    BC_after = tl.dot(B, tl.trans(C_after), input_precision="ieee")
-    to_end = t < S
-    if HAS_DOCS:
-        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
-        doc_after = tl.load(doc_ptr + b * s_doc_b + t + R, mask=after, other=-1)
-        BC = tl.where(doc[:, None] == doc[None, :], BC, 0.0)
-        BC_after = tl.where(doc[:, None] == doc_after[None, :], BC_after, 0.0)
-        to_end = doc == tl.load(doc_ptr + b * s_doc_b + end)
-    BC_after = BC_after.to(OPERAND)
-    for k in range(heads):
-        h = g * K + tl.program_id(2) * heads + k
-        head = b * s_cs_b + h.to(tl.int64) * S
-        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
-        cs_after, lo_after = _load_cs(cs_ptr + head, lo_ptr + head, t + R, after, PRECISE)
-        cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= begin, PRECISE)
-        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
-        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        M = (BC * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
-        decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
-        decay_end = tl.where(to_end, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
-        weight_after = tl.where(after, _between(cs_after, lo_after, cs_border, lo_border, PRECISE), 0.0)
-        x_head = x_ptr + b * s_x_b + h.to(tl.int64) * s_x_h
-        g_y_head = g_y_ptr + b * s_gy_b + h.to(tl.int64) * s_gy_h
-        g_x_head = g_x_ptr + b * s_gx_b + h.to(tl.int64) * s_gx_h + begin * s_gx_s
-        g_step, g_end = tl.zeros((R,), dtype=tl.float32), tl.zeros((R,), dtype=tl.float32)
-        g_D = tl.zeros((R,), dtype=tl.float32)
-        for block_p in tl.static_range(PADDED_P // BP):
-            p = block_p * BP + tl.arange(0, BP)
-            g_state = _state(g_states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
-            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
-            g_y_after = _rows(g_y_head, r, c * Q + R, s_gy_s, after, p, P, EVEN, OPERAND).to(tl.float32)
-            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
-            g_X = tl.dot(B, tl.trans(g_state), input_precision="ieee") * decay_end[:, None]
-            g_end += tl.sum(x * g_X, axis=1)
-            g_X = tl.dot(BC_after, (g_y_after * weight_after[:, None]).to(OPERAND), g_X, input_precision="ieee") * decay[:, None]
-            g_X = tl.dot(M, g_y, g_X, input_precision="ieee")
-            g_step += tl.sum(x * g_X, axis=1)
-            g_X *= step[:, None]
-            if HAS_D:
-                g_y = g_y.to(tl.float32)
-                g_X += g_y * tl.load(D_ptr + h).to(tl.float32)
-                g_D += tl.sum(g_y * x, axis=1)
-            _store_rows(g_x_head, r, s_gx_s, t < S, p, P, g_X, EVEN)
-        at = (b * H + h) * S + t
-        tl.store(g_step_ptr + at, g_step, mask=t < S)
-        tl.store(g_end_ptr + at, g_end * decay * step, mask=t < S)
-        if HAS_D:
-            tl.store(g_D_ptr + at, g_D, mask=t < S)
+    """For the tokens j of half a chunk and some heads of a group: the gradient of x_j, and for each head those of dt_j through X_j,
+    of the logarithm of the decay F_j to the chunk's end, and of D."""
+    c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    if tl.program_id(0) % 2 == 0:
+        _x_gradient_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
+            g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
+            s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, True,
+            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+        )  # fmt: skip
+    else:
+        _x_gradient_rows(
+            x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
+            g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
+            s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, False,
+            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+        )  # fmt: skip
 
 
 @triton.jit
 def dt_gradient_kernel(
     dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_inside_ptr, g_row_ptr, g_end_ptr, g_after_ptr, g_step_ptr, g_D_ptr,
-    log_decay_ptr,
-    g_dt_ptr, sums_ptr, S, H, chunks, tiles, s_tile, s_dt_b, s_dt_s, s_gdt_b, s_gdt_s, s_cs_b, s_sums,
+    log_decay_ptr, g_dt_ptr, sums_ptr, S, H, chunks, tiles, s_tile, s_dt_b, s_dt_s, s_gdt_b, s_gdt_s, s_cs_b, s_sums,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt: a_k is in L_ij for j < k <= i, in E_i for k <= i, in F_j for j < k, and in the chunk's decay. The chunk's

@@ -1,7 +1,7 @@
 """SSD on the kernels of `fused`: which runs on what, the operators `mamba_kernels::ssd` and `ssd_backward`, and ranks.
 
 The backward pass keeps of the forward's work the step sizes, their sums and the state before each chunk, in the dtype of x: as
-much memory as x for Q = N, and a fifth of the whole time less than to compute them again.
+much memory as x for Q = N, and one sweep less than to compute them again.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import SequenceRanks, start_gradient_after, start_state_before
+from mamba_kernels.common import SequenceRanks, contiguous, start_gradient_after, start_state_before, unit_stride
 from mamba_kernels.ssd import fused
+from mamba_kernels.ssd.reference import halves, over_state
 
 MULTIPROCESSORS = 132  # Of the GPU the kernels were tuned on; with more or fewer, programs are shared out less evenly.
 ALL = slice(None)
@@ -34,7 +35,7 @@ def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> lis
 
 def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     block_p = min(head_dim, 64)
-    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (8, 4) for stages in (2, 3, 1)]
+    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (2, 3, 1)]
 
 
 def _token_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
@@ -69,8 +70,8 @@ class Scan:
         `kept` are float32 [B, H, S]: dt as the recurrence uses it; sums of dt A log2(e) from the chunk's start; and what rounding
         the latter lost, which is empty but for float32 inputs.
         """
-        self.x, self.B, self.C = unit(x), unit(B), unit(C)
-        self.A, self.D, self.kept, self.document = A, D, kept, document
+        self.x, self.B, self.C = unit_stride(x), unit_stride(B), unit_stride(C)
+        self.A, self.D, self.kept, self.document = A.contiguous(), contiguous(D), kept, document
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.state_size = B.shape[2:]
         self.per_group, self.chunk = self.heads // self.groups, chunk_length(x.dtype)
@@ -87,8 +88,8 @@ class Scan:
             self.per_group // self.splits,
         )  # fmt: skip
         self.decays = (*kept, document)
-        self.matrices = (*self.B.stride()[:3], *self.C.stride()[:3])
-        self.rest = (kept[1].stride(0), 0 if document is None else document.stride(0))
+        self.of_x, self.of_B_and_C = self.x.stride()[:3], (*self.B.stride()[:3], *self.C.stride()[:3])
+        self.of_decays = (kept[1].stride(0), 0 if document is None else document.stride(0))
         self.constants = {
             "HAS_DOCS": document is not None,
             "PRECISE": x.dtype == torch.float32,
@@ -106,6 +107,10 @@ class Scan:
         D = None if self.D is None else self.D[heads]
         return Scan(self.x[:, :, heads], self.B[:, :, groups], self.C[:, :, groups], self.A[heads], D, kept, self.document)
 
+    def grid(self, blocks: int) -> tuple[int, int, int]:
+        """Of programs that take one of so many blocks of a chunk, and some heads of a group."""
+        return self.chunks * blocks, self.batch * self.groups, self.splits
+
     def new(self, *shape: int) -> Tensor:
         """Room for float32 numbers."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
@@ -118,11 +123,6 @@ class Scan:
 def padded(size: int) -> int:
     """The power of two, at least 16, that holds a dimension of a matrix product."""
     return max(1 << (size - 1).bit_length(), 16)
-
-
-def unit(t: Tensor) -> Tensor:
-    """With unit last stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def count_documents(document_start: Tensor | None) -> Tensor | None:
@@ -139,11 +139,11 @@ def prepare(
     step, cs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=x.device).unbind()
     lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
     scan = Scan(x, B, C, A, D, (step, cs, lo), document)
-    block = min(32, padded(heads))
+    block, dt = min(32, padded(heads)), unit_stride(dt)
     launch(
-        fused.decays_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, A, step, cs, lo, length, heads, scan.chunks,
-        dt.stride(0), dt.stride(1), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, PRECISE=x.dtype == torch.float32, Q=scan.chunk,
-        BH=block, num_warps=4,
+        fused.decays_kernel, (batch * scan.chunks, -(-heads // block)),
+        dt, contiguous(dt_bias), scan.A, step, cs, lo, length, heads, scan.chunks, dt.stride(0), dt.stride(1),
+        SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, PRECISE=x.dtype == torch.float32, Q=scan.chunk, BH=block, num_warps=4,
     )  # fmt: skip
     return scan
 
@@ -177,23 +177,22 @@ def sweep(
     def run(start: Tensor | None, states: Tensor | None) -> Tensor:
         final = scan.new(scan.batch, parts, scan.heads, scan.head_dim, scan.state_size)
         launch(
-            fused.states_kernel, (tiles, scan.batch * scan.heads, parts), v, w, *scan.decays, start, final, states, before,
-            log_decay, decay,
-            *sizes, *v.stride()[:3], *w.stride()[:3], *scan.rest, REVERSE=reverse, HAS_FROM=start is not None,
-            WRITE=states is not None,
-            **scan.constants, **meta,
+            fused.states_kernel, (tiles, scan.batch * scan.heads, parts),
+            v, w, *scan.decays, start, final, states, before, log_decay, decay,
+            *sizes, *v.stride()[:3], *w.stride()[:3], *scan.of_decays,
+            REVERSE=reverse, HAS_FROM=start is not None, WRITE=states is not None, **scan.constants, **meta,
         )  # fmt: skip
         return final
 
-    start = None if start is None else start.contiguous()
+    start = contiguous(start)
     if parts == 1:
         return Sweep(run(start, states).squeeze(1), decay, log_decay)
     ends = run(None, None)
     starts, final = torch.empty_like(ends), scan.new(scan.batch, scan.heads, scan.head_dim, scan.state_size)
     elements = scan.head_dim * scan.state_size
     launch(
-        fused.carry_kernel, (scan.batch * scan.heads, -(-elements // 1024)), start, ends, decay, starts, final, scan.heads,
-        elements, parts,
+        fused.carry_kernel, (scan.batch * scan.heads, -(-elements // 1024)),
+        start, ends, decay, starts, final, scan.heads, elements, parts,
         REVERSE=reverse, HAS_FROM=start is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     if states is not None:
@@ -204,10 +203,10 @@ def sweep(
 def write_output(scan: Scan, states: Tensor, y: Tensor) -> None:
     """Write y [B, S, H, P], of which the last dimension has unit stride."""
     launch(
-        fused.output_kernel, (scan.chunks * 2, scan.batch * scan.groups, scan.splits), scan.x, scan.B, scan.C, scan.D,
-        *scan.decays, states,
-        y, *scan.sizes, *scan.x.stride()[:3], *scan.matrices, *y.stride()[:3], *scan.rest, HAS_D=scan.D is not None, **scan.padding,
-        **OUTPUT(*scan.key),
+        fused.output_kernel, scan.grid(2),
+        scan.x, scan.B, scan.C, scan.D, *scan.decays, states, y,
+        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *y.stride()[:3], *scan.of_decays,
+        HAS_D=scan.D is not None, **scan.padding, **OUTPUT(*scan.key),
     )  # fmt: skip
 
 
@@ -225,42 +224,42 @@ def write_gradients(
     g_final: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradients of x, dt, B and C; the sums [3, H] for A, dt_bias and D, and the gradient of the state at the start."""
-    batch, heads, splits, g_y = scan.batch, scan.heads, scan.splits, unit(g_y)
-    g_states = scan.new_states()
+    batch, heads, splits, g_y, dt = scan.batch, scan.heads, scan.splits, unit_stride(g_y), unit_stride(dt)
+    g_states, of_g_y = scan.new_states(), g_y.stride()[:3]
     swept = sweep(scan, g_final, g_states, g_y, states)
     g_CB = scan.x.new_empty(batch, scan.chunks, scan.groups, splits, scan.chunk, scan.chunk)
     g_start, g_inside, g_row, g_step, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
     g_B, g_C = (t.unsqueeze(0) if splits == 1 else scan.new(splits, *t.shape) for t in (g.B, g.C))
-    grid = (scan.chunks * 2, batch * scan.groups, splits)
     launch(
-        fused.pair_gradient_kernel, grid, scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_inside, g_row, g_after, *scan.sizes,
-        *scan.x.stride()[:3], *scan.matrices, *g_y.stride()[:3], *scan.rest, **scan.padding, **PAIR_GRADIENT(*scan.key),
+        fused.pair_gradient_kernel, scan.grid(3),
+        scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_inside, g_row, g_after,
+        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *of_g_y, *scan.of_decays,
+        **scan.padding, **PAIR_GRADIENT(*scan.key),
     )  # fmt: skip
     for of_B, tunable, v, of, out in ((False, C_GRADIENT, g_y, states, g_C), (True, B_GRADIENT, scan.x, g_states, g_B)):
         meta = tunable(*scan.key)
         launch(
-            fused.group_gradient_kernel, (scan.chunks * (scan.chunk // meta["ROWS"]), *grid[1:]), v, scan.B, scan.C,
-            *scan.decays, of,
-            g_CB, out, g_start, *scan.sizes, *v.stride()[:3], *scan.matrices, *out.stride()[:4], *scan.rest, OF_B=of_B,
-            **scan.padding,
-            **meta,
+            fused.group_gradient_kernel, scan.grid(scan.chunk // meta["ROWS"]),
+            v, scan.B, scan.C, *scan.decays, of, g_CB, out, g_start,
+            *scan.sizes, *v.stride()[:3], *scan.of_B_and_C, *out.stride()[:4], *scan.of_decays,
+            OF_B=of_B, **scan.padding, **meta,
         )  # fmt: skip
     launch(
-        fused.x_gradient_kernel, grid, scan.x, scan.B, scan.C, scan.D, g_y, *scan.decays, g_states, g.x, g_step, g_end, g_D,
-        *scan.sizes,
-        *scan.x.stride()[:3], *scan.matrices, *g_y.stride()[:3], *g.x.stride()[:3], *scan.rest, HAS_D=scan.D is not None,
-        **scan.padding, **X_GRADIENT(*scan.key),
+        fused.x_gradient_kernel, scan.grid(2),
+        scan.x, scan.B, scan.C, scan.D, g_y, *scan.decays, g_states, g.x, g_step, g_end, g_D,
+        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *of_g_y, *g.x.stride()[:3], *scan.of_decays,
+        HAS_D=scan.D is not None, **scan.padding, **X_GRADIENT(*scan.key),
     )  # fmt: skip
     if splits > 1:
         g.B.copy_(g_B.sum(0))
         g.C.copy_(g_C.sum(0))
     sums, block, log_decay = scan.new(3, batch * scan.chunks, heads), min(16, padded(heads)), swept.log_decay
     launch(
-        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)), dt, dt_bias, scan.A, scan.kept[0], g_start,
-        g_inside, g_row,
-        g_end, g_after, g_step, g_D, log_decay, g.dt, sums, scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
-        dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.rest[0], sums.stride(0), SOFTPLUS=softplus,
-        HAS_BIAS=dt_bias is not None, HAS_D=scan.D is not None, Q=scan.chunk, BH=block, num_warps=4,
+        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)),
+        dt, contiguous(dt_bias), scan.A, scan.kept[0], g_start, g_inside, g_row, g_end, g_after, g_step, g_D, log_decay, g.dt, sums,
+        scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
+        dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.of_decays[0], sums.stride(0),
+        SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_D=scan.D is not None, Q=scan.chunk, BH=block, num_warps=4,
     )  # fmt: skip
     return sums.sum(1), swept.final
 
@@ -270,7 +269,7 @@ def _forward(
     document_start: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, the final state, and what the backward keeps: step, cs, lo (see `Scan`) and the states before each chunk."""
-    scan = prepare(x, unit(dt), A, B, C, D, dt_bias, count_documents(document_start), softplus)
+    scan = prepare(x, dt, A, B, C, D, dt_bias, count_documents(document_start), softplus)
     y, states = x.new_empty(x.shape), scan.new_states()
     final = sweep(scan, initial_state, states).final
     write_output(scan, states, y)
@@ -291,21 +290,19 @@ def _forward_fake(
 
 def _backward(
     g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor, states: Tensor,
-    softplus: bool,
+    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor,
+    states: Tensor, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, dt, B, C, the sums [3, H] for A, dt_bias and D, and the gradient of the initial state."""
     scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
     g = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
-    return *g, *write_gradients(scan, states, g, unit(dt), dt_bias, softplus, g_y, g_final)
+    return *g, *write_gradients(scan, states, g, dt, dt_bias, softplus, g_y, g_final)
 
 
 def _backward_fake(
     g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor, states: Tensor,
-    softplus: bool,
+    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor,
+    states: Tensor, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     gradients = (t.new_empty(t.shape) for t in (x, dt, B, C))
     return *gradients, cs.new_empty(3, x.shape[2]), cs.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
@@ -354,20 +351,6 @@ def ssd(
     return y, final_state
 
 
-def _halves(heads: int, groups: int) -> list[tuple[slice, slice]]:
-    """The heads and groups of two parts, which share B and C if there is one group; one part of one head."""
-    if heads == 1:
-        return [(ALL, ALL)]
-    if groups == 1:
-        return [(half, ALL) for half in (slice(heads // 2), slice(heads // 2, None))]
-    cut, per_group = groups // 2, heads // groups
-    return [(slice(cut * per_group), slice(cut)), (slice(cut * per_group, None), slice(cut, None))]
-
-
-def _over_state(decay_BH: Tensor) -> Tensor:
-    return decay_BH[..., None, None]
-
-
 class _SpreadSSD(torch.autograd.Function):
     """A sequence spread over ranks, as in `reference`: the exchange of a half of the heads overlaps the work on the other."""
 
@@ -376,17 +359,17 @@ class _SpreadSSD(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
         document_start: Tensor | None, softplus: bool, ranks: SequenceRanks,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        scan = prepare(x, unit(dt), A, B, C, D, dt_bias, count_documents(document_start), softplus)
-        halves = _halves(x.shape[2], B.shape[2])
-        parts = [scan.part(*half) for half in halves]
+        scan = prepare(x, dt, A, B, C, D, dt_bias, count_documents(document_start), softplus)
+        parts = halves(x.shape[2], B.shape[2], ranks)
+        scans = [scan.part(*part) for part in parts]
         arriving = list[Callable[[], Tensor]]()
-        for part in parts:
-            swept = sweep(part, None, None)
-            arriving.append(start_state_before(ranks, swept.decay.prod(1), swept.final, _over_state))
-        y, states, finals = x.new_empty(x.shape), [part.new_states() for part in parts], list[Tensor]()
-        for part, (heads, _), of_part, arrived in zip(parts, halves, states, arriving, strict=True):
-            finals.append(sweep(part, arrived(), of_part).final)
-            write_output(part, of_part, y[:, :, heads])
+        for of_part in scans:
+            swept = sweep(of_part, None, None)
+            arriving.append(start_state_before(ranks, swept.decay.prod(1), swept.final, over_state))
+        y, states, finals = x.new_empty(x.shape), [of_part.new_states() for of_part in scans], list[Tensor]()
+        for (heads, _), of_part, before, arrived in zip(parts, scans, states, arriving, strict=True):
+            finals.append(sweep(of_part, arrived(), before).final)
+            write_output(of_part, before, y[:, :, heads])
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, document_start, *scan.kept, *states)
         ctx.softplus, ctx.ranks = softplus, ranks
         return y, torch.cat(finals, 1)
@@ -396,20 +379,20 @@ class _SpreadSSD(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, dt_bias, document_start, step, cs, lo, *states = ctx.saved_tensors
         scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
-        halves, g_y, raw_dt = _halves(x.shape[2], B.shape[2]), unit(g_y), unit(dt)
-        arriving = list[Callable[[], Tensor]]()
-        for heads, groups in halves:
-            swept = sweep(scan.part(heads, groups), g_final[:, heads], None, g_y[:, :, heads])
-            arriving.append(start_gradient_after(ctx.ranks, swept.decay.prod(1), swept.final, _over_state))
-        g, shared = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C))), len(halves) > 1 and B.shape[2] == 1
+        parts, g_y, dt_bias = halves(x.shape[2], B.shape[2], ctx.ranks), unit_stride(g_y), contiguous(dt_bias)
+        scans, arriving = [scan.part(*part) for part in parts], list[Callable[[], Tensor]]()
+        for (heads, _), of_part in zip(parts, scans, strict=True):
+            swept = sweep(of_part, g_final[:, heads], None, g_y[:, :, heads])
+            arriving.append(start_gradient_after(ctx.ranks, swept.decay.prod(1), swept.final, over_state))
+        g, shared = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C))), len(parts) > 1 and B.shape[2] == 1
         sums, of_groups = list[Tensor](), list[tuple[Tensor, Tensor]]()
-        for (heads, groups), of_part, arrived in zip(halves, states, arriving, strict=True):
+        for (heads, groups), of_part, before, arrived in zip(parts, scans, states, arriving, strict=True):
             # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
             g_B, g_C = (t.new_empty(t.shape, dtype=torch.float32) if shared else t[:, :, groups] for t in (g.B, g.C))
-            part = Gradients(g.x[:, :, heads], g.dt[:, :, heads], g_B, g_C)
-            bias, g_last = None if dt_bias is None else dt_bias[heads], arrived() + g_final[:, heads]
+            g_part, bias = Gradients(g.x[:, :, heads], g.dt[:, :, heads], g_B, g_C), None if dt_bias is None else dt_bias[heads]
+            g_last = arrived() + g_final[:, heads]
             of_decays, _ = write_gradients(
-                scan.part(heads, groups), of_part, part, raw_dt[:, :, heads], bias, ctx.softplus, g_y[:, :, heads], g_last
+                of_part, before, g_part, dt[:, :, heads], bias, ctx.softplus, g_y[:, :, heads], g_last
             )
             sums.append(of_decays)
             of_groups.append((g_B, g_C))

@@ -84,7 +84,7 @@ class _Tensors(NamedTuple):
         return _Tensors(self.x[:, :, heads], self.dt[:, :, heads], self.A[heads], self.B[:, :, groups], self.C[:, :, groups], D)
 
 
-def _parts(heads: int, groups: int, ranks: SequenceRanks | None) -> list[tuple[slice, slice]]:
+def halves(heads: int, groups: int, ranks: SequenceRanks | None) -> list[tuple[slice, slice]]:
     """The heads and groups of each part: all for one rank; two parts for several, which share B and C if G = 1."""
     if ranks is None or heads == 1:
         return [(ALL, ALL)]
@@ -277,7 +277,7 @@ def _start_state(t: _Tensors, document_start: Tensor | None, chunk_size: int, ra
         X_F = _merge_heads(t.x[:, tokens].transpose(1, 2), d.F_BHQ * t.dt[:, tokens].mT, groups)
         state = _next_state(state, d.E_BHQ, X_F, _load_groups(t.B, tokens, t.dt.dtype))
         decay *= d.E_BHQ[..., -1]
-    return start_state_before(ranks, decay, state, _over_state)
+    return start_state_before(ranks, decay, state, over_state)
 
 
 def _start_gradient(
@@ -290,11 +290,12 @@ def _start_gradient(
         g_y_E = _merge_heads(g_y[:, tokens].transpose(1, 2), d.E_BHQ, t.C.shape[2])
         g_state = _next_state(g_state, d.E_BHQ, g_y_E, _load_groups(t.C, tokens, t.dt.dtype))
         decay *= d.E_BHQ[..., -1]
-    after = start_gradient_after(ranks, decay, g_state, _over_state)
+    after = start_gradient_after(ranks, decay, g_state, over_state)
     return lambda: after().add_(g_final)
 
 
-def _over_state(decay_BH: Tensor) -> Tensor:
+def over_state(decay_BH: Tensor) -> Tensor:
+    """As a factor of a state [B, H, P, N]."""
     return decay_BH[..., None, None]
 
 
@@ -314,7 +315,7 @@ class _ChunkedSSD(torch.autograd.Function):
         ranks: SequenceRanks | None,
     ) -> tuple[Tensor, Tensor]:
         whole = _Tensors(x, dt, A.to(dt.dtype), B, C, None if D is None else D.to(dt.dtype))
-        parts = _parts(x.shape[2], B.shape[2], ranks)
+        parts = halves(x.shape[2], B.shape[2], ranks)
         arriving: list[Callable[[], Tensor]]
         if ranks is not None:
             arriving = [_start_state(whole.part(*part), document_start, chunk_size, ranks) for part in parts]
@@ -337,7 +338,7 @@ class _ChunkedSSD(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, initial_state, document_start, *states_before = ctx.saved_tensors
         whole = _Tensors(x, dt, A.to(dt.dtype), B, C, None if D is None else D.to(dt.dtype))
-        chunk_size, ranks, parts = ctx.chunk_size, ctx.ranks, _parts(x.shape[2], B.shape[2], ctx.ranks)
+        chunk_size, ranks, parts = ctx.chunk_size, ctx.ranks, halves(x.shape[2], B.shape[2], ctx.ranks)
         # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
         sum_dtype = dt.dtype if len(parts) > 1 and B.shape[2] == 1 else None
         g_B, g_C = (torch.zeros_like(s, dtype=sum_dtype, memory_format=torch.contiguous_format) for s in (B, C))

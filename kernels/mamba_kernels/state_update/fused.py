@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_kernels.activation.fused import sigmoid, softplus
 from mamba_kernels.backend import Meta, Tunable, launch, register
 
 
@@ -23,15 +24,6 @@ SCAN = Tunable(
     ),
 )
 CONV = Tunable("causal_conv1d_step", lambda dtype: _tiles((256, 4), (128, 4), (512, 4), (128, 1)))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e^x), to the last digits also where e^x is small: log(1 + e) = e log(u) / (u - 1) with u = 1 + e as rounded."""
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + small
 
 
 @triton.jit
@@ -55,7 +47,7 @@ def _ssd_step_kernel(
     if bias_ptr is not None:
         dt += tl.load(bias_ptr + head * s_bias).to(tl.float32)
     if SOFTPLUS:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     decay = tl.exp(dt * tl.load(A_ptr + head * s_A).to(tl.float32))
     state = state * decay + (x * dt)[:, None] * B[None, :]
     tl.store(state_ptr, state.to(state_ptr.dtype.element_ty), mask=inside)
@@ -86,7 +78,7 @@ def _scan_step_kernel(
     if bias_ptr is not None:
         dt += tl.load(bias_ptr + rows * s_bias, mask=in_rows, other=0.0).to(tl.float32)
     if SOFTPLUS:
-        dt = _softplus(dt)
+        dt = softplus(dt)
     state = state * tl.exp(dt[:, None] * A) + (x * dt)[:, None] * B[None, :]
     tl.store(state_ptr, state.to(state_ptr.dtype.element_ty), mask=inside)
     y = tl.sum(state * C[None, :], 1)
@@ -118,7 +110,7 @@ def _conv_step_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows * s_bias, mask=inside, other=0.0).to(tl.float32)
     if SILU:
-        y *= tl.sigmoid(y)
+        y *= sigmoid(y)
     tl.store(y_ptr + batch * s_y_B + rows, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
