@@ -9,6 +9,7 @@ from mamba_kernels.activation import gelu, squared_relu, swiglu
 from mamba_kernels.conv1d import causal_conv1d
 from mamba_kernels.cross_entropy import softmax_gradient, softmax_statistics
 from mamba_kernels.gated_norm import gated_norm
+from mamba_kernels.mamba2_mixer import mamba2_mixer
 from mamba_kernels.norm import layer_norm, rms_norm
 from mamba_kernels.rope import rope, rope_tables
 from mamba_kernels.selective_scan import selective_scan
@@ -21,6 +22,7 @@ __all__ = [
     "gated_norm",
     "gelu",
     "layer_norm",
+    "mamba2_mixer",
     "rms_norm",
     "rope",
     "rope_tables",

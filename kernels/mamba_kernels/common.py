@@ -105,6 +105,14 @@ def check_groups(op: str, sizes: Sizes) -> None:
         raise ValueError(f"{op}: B and C have {groups} groups, wanted a divisor of the {heads} heads of x")
 
 
+def check_group_size(op: str, channels: int, group_size: int, *, spread: bool) -> None:
+    """Check that groups of channels of the gated norm are whole here or, if they are `spread`, that here is a whole part of one."""
+    if not spread and (group_size < 1 or channels % group_size):
+        raise ValueError(f"{op}: group_size is {group_size}, wanted a divisor of the {channels} channels of y")
+    if spread and (group_size < 1 or group_size % channels):
+        raise ValueError(f"{op}: group_size is {group_size}, wanted a multiple of the {channels} channels of its part y")
+
+
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     """Check that an option has one of its values."""
     if value not in choices:
@@ -181,7 +189,8 @@ def _check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> N
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Sizes) -> None:
-    tokens, shape = letters.split(), list[Any](tensor.shape)
+    tokens = letters.split()
+    shape: list[Any] = list(tensor.shape)
     if tokens[0] == "..." and len(shape) >= len(tokens) - 1:
         leading = len(shape) - len(tokens) + 1
         shape = [tuple(shape[:leading]), *shape[leading:]]

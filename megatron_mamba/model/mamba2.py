@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mamba_kernels import causal_conv1d, causal_conv1d_step, gated_norm, ssd, ssd_step
+from mamba_kernels import causal_conv1d_step, gated_norm, mamba2_mixer, ssd_step
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.model import parameters
 from megatron_mamba.model.module import RecurrentState, SequenceInfo, TableModule
@@ -40,45 +40,40 @@ class Mamba2(TableModule):
 
     def _mix(self, packed_TC: Tensor, info: SequenceInfo, state: RecurrentState | None) -> Tensor:
         """From the projected `[T, z + x + B + C + dt]` to this rank's part of the output's sum, `[T, D]`."""
-        z, conv_in, dt = self._unpack(packed_TC.unflatten(0, (info.batch, info.length)))
-        weight, bias = self._conv()
-        conv_in, before = with_halo(conv_in, self.conv_width - 1, info.document_start, self.context)
-        conv_out, conv_state = causal_conv1d(
-            conv_in,
-            weight,
-            bias,
-            activation="silu",
-            initial_state=state.conv if state else before,
-            document_start=info.document_start,
-            return_final_state=True,
-        )
-        x, B, C = self._split(conv_out)
-        y, ssm_state = ssd(
-            x,
-            dt,
+        channels = slice(self.inner, 2 * self.inner + 2 * self.group_channels)
+        packed, width = packed_TC.unflatten(0, (info.batch, info.length)), self.conv_width - 1
+        packed, before = with_halo(packed, width, info.document_start, self.context, channels)
+        out, conv_state, ssm_state = mamba2_mixer(
+            packed,
+            *self._conv(),
             -self.local("A_log").exp(),
-            B,
-            C,
-            D=self.local("D"),
-            dt_bias=self.local("dt_bias"),
-            dt_softplus=True,
-            initial_state=state.ssm if state else None,
+            self.local("D"),
+            self.local("dt_bias"),
+            self.local("norm_weight"),
+            state_size=self.state_size,
+            group_size=self.group_size,
+            eps=self.eps,
+            conv_state=state.conv if state else before,
+            ssm_state=state.ssm if state else None,
             document_start=info.document_start,
-            return_final_state=True,
             ranks=sequence_ranks(self.context),
+            sum_parts=self.sum_parts,
         )
         if state is not None:
             state.conv, state.ssm = conv_state, ssm_state
-        return self._output(y.flatten(-2).flatten(0, 1), z.flatten(0, 1))
+        return row_parallel(out.flatten(0, 1), self.local("out_proj"), self.context)
 
     def step(self, x_BD: Tensor, info: SequenceInfo, state: RecurrentState) -> Tensor:
         """One token of every row: x `[B, D]` -> `[B, D]`, `state` updated in place."""
-        z, conv_in, dt = self._unpack(self._project(x_BD))
-        weight, bias = self._conv()
-        x, B, C = self._split(causal_conv1d_step(state.conv, conv_in, weight, bias, activation="silu"))
+        z, conv_in, dt = self._project(x_BD).split([self.inner, self.inner + 2 * self.group_channels, self.heads], dim=-1)
+        convolved = causal_conv1d_step(state.conv, conv_in, *self._conv(), activation="silu")
+        x, B, C = convolved.split([self.inner, self.group_channels, self.group_channels], dim=-1)
+        x, B, C = x.unflatten(-1, (-1, self.head_dim)), *(t.unflatten(-1, (-1, self.state_size)) for t in (B, C))
         A, D, dt_bias = -self.local("A_log").exp(), self.local("D"), self.local("dt_bias")
         y = ssd_step(state.ssm, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-        return sum_partial(self._output(y.flatten(-2), z), self.context)
+        norm_weight, sum_parts = self.local("norm_weight"), self.sum_parts
+        y = gated_norm(y.flatten(-2), z, norm_weight, group_size=self.group_size, eps=self.eps, sum_parts=sum_parts)
+        return sum_partial(row_parallel(y, self.local("out_proj"), self.context), self.context)
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
         """Zero state for `batch` rows; its size does not depend on `capacity`."""
@@ -91,20 +86,6 @@ class Mamba2(TableModule):
     def _project(self, x: Tensor) -> Tensor:
         return self.project(x, *(f"in_proj_{part}" for part in ("z", "x", "B", "C", "dt")))
 
-    def _unpack(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, the input of the convolution (x, B, C) and dt, views of the projections' output."""
-        z, conv_in, dt = packed.split([self.inner, self.inner + 2 * self.group_channels, self.heads], dim=-1)
-        return z, conv_in, dt
-
     def _conv(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.local(f"conv_{part}_weight") for part in ("x", "B", "C")])
         return weight, torch.cat([self.local(f"conv_{part}_bias") for part in ("x", "B", "C")])
-
-    def _split(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, B, C = conv_out.split([self.inner, self.group_channels, self.group_channels], dim=-1)
-        return x.unflatten(-1, (-1, self.head_dim)), *(t.unflatten(-1, (-1, self.state_size)) for t in (B, C))
-
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        weight, size = self.local("norm_weight"), self.group_size
-        y = gated_norm(y, z, weight, group_size=size, eps=self.eps, sum_parts=self.sum_parts)
-        return row_parallel(y, self.local("out_proj"), self.context)

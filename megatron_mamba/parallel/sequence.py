@@ -70,9 +70,9 @@ def all_to_all(
 class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, width: int, document_start: Tensor | None, group: dist.ProcessGroup
+        ctx: Any, x: Tensor, channels: slice, width: int, document_start: Tensor | None, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        tail, ctx.seen, ctx.group = x[:, x.shape[1] - width :], None, group
+        tail, ctx.seen, ctx.channels, ctx.group = x[:, x.shape[1] - width :, channels], None, channels, group
         if document_start is not None:
             # What a later start in the tail cuts off from the next piece.
             starts = document_start[:, x.shape[1] - width :].long()
@@ -82,23 +82,23 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_before: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_before: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         returned = start_shift(grad_before, ctx.group, -1, around=False).wait()
-        # In place: the gradient is fresh from the convolution, which alone uses x.
-        grad[:, grad.shape[1] - returned.shape[1] :] += returned if ctx.seen is None else returned * ctx.seen
-        return grad, None, None, None
+        # In place: the gradient is fresh from the convolution, or the mixer that has one, which alone uses x.
+        grad[:, grad.shape[1] - returned.shape[1] :, ctx.channels] += returned if ctx.seen is None else returned * ctx.seen
+        return grad, None, None, None, None
 
 
 def with_halo(
-    x: Tensor, width: int, document_start: Tensor | None, context: ParallelContext
+    x: Tensor, width: int, document_start: Tensor | None, context: ParallelContext, channels: slice = slice(None)
 ) -> tuple[Tensor, Tensor | None]:
-    """x `[B, s, C]` for a convolution and the `width` inputs before it, `[B, width, C]`: the end of the left neighbour's x,
-    zero before the sequence and before the document that goes on (`document_start` `[B, s]` bool, None: one a row); None
-    where one rank holds whole sequences. Gradients of these go back to the neighbour. Raises ValueError for pieces shorter
-    than `width`."""
+    """x `[B, s, C]` and, for a convolution over some of its channels, the `width` inputs before it, `[B, width, channels]`: the
+    end of the left neighbour's x, zero before the sequence and before the document that goes on (`document_start` `[B, s]` bool,
+    None: one a row); None where one rank holds whole sequences. Gradients of these go back to the neighbour. Raises ValueError
+    for pieces shorter than `width`."""
     if context.size("cp") == 1 or width == 0:
         return x, None
     if x.shape[1] < width:
         raise ValueError(f"a piece of {x.shape[1]} tokens is shorter than the {width} that a convolution sees: use fewer cp ranks")
-    x, before = _Halo.apply(x, width, document_start, context.group("cp"))
+    x, before = _Halo.apply(x, channels, width, document_start, context.group("cp"))
     return x, before

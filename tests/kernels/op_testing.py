@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamba_kernels import common
+from mamba_kernels import backend, common
 
 EXACT = 1e-10  # Largest relative error in float64.
 ONE_BF16_ROUNDING = 2.0**-8 + 1e-5  # Of the result, as everything before is float32.
@@ -69,15 +69,16 @@ def starts_in_pieces(documents: str | None, batch: int, pieces: tuple[int, ...])
     return starts
 
 
-def one_launch_at_a_time(monkeypatch, operators: ModuleType) -> None:
+def one_launch_at_a_time(monkeypatch, *modules: ModuleType) -> None:
     """Let threads, which play the ranks, wait for each other's kernels: the interpreter is not made for threads."""
-    lock, launch = threading.Lock(), operators.launch
+    lock, launch = threading.Lock(), backend.launch
 
     def locked(*arguments, **meta) -> None:
         with lock:
             launch(*arguments, **meta)
 
-    monkeypatch.setattr(operators, "launch", locked)
+    for module in modules:
+        monkeypatch.setattr(module, "launch", locked)
 
 
 class EchoRanks:

@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mamba_kernels.mamba2_mixer import reference as mixer_reference
 from megatron_mamba.config import ModelConfig, from_dict
-from megatron_mamba.model import LanguageModel, build, lm, mamba, mamba2, norm
+from megatron_mamba.model import LanguageModel, build, lm, mamba, norm
 from megatron_mamba.model.flops import flops_per_token
 from megatron_mamba.model.parameters import Init, ParameterSpec, count, initial_values, parameter_table
 from megatron_mamba.parallel.context import ParallelContext
@@ -435,9 +436,9 @@ def test_bf16_keeps_some_parameters_in_fp32(context: ParallelContext, monkeypatc
 
         monkeypatch.setattr(module, op, watched)
 
-    watch(mamba2, "ssd", x=0, dt=1, A=2, B=3, C=4)
-    watch(mamba2, "gated_norm", y=0, z=1, weight=2)
-    watch(mamba2, "causal_conv1d", x=0, weight=1, bias=2)
+    watch(mixer_reference, "ssd", x=0, dt=1, A=2, B=3, C=4)
+    watch(mixer_reference, "gated_norm", y=0, z=1, weight=2)
+    watch(mixer_reference, "causal_conv1d", x=0, weight=1, bias=2)
     watch(mamba, "selective_scan", x=0, dt=1, A=2, B=3, C=4)
     watch(norm, "rms_norm", x=0, weight=1)
     model = random_model(tiny("Mm*-"), context, precision="bf16")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mamba_kernels.backend import use_fused
-from mamba_kernels.common import Sizes, check_tensors
+from mamba_kernels.common import Sizes, check_group_size, check_tensors
 from mamba_kernels.gated_norm import reference
 
 
@@ -30,10 +30,7 @@ def gated_norm(
     """
     sizes: Sizes = {}
     check_tensors("gated_norm", sizes, y=(y, "... E"), z=(z, "... E"), weight=(weight, "E"))
-    if sum_parts is None and (group_size < 1 or sizes["E"] % group_size):
-        raise ValueError(f"gated_norm: group_size is {group_size}, wanted a divisor of the {sizes['E']} channels of y")
-    if sum_parts is not None and (group_size < 1 or group_size % sizes["E"]):
-        raise ValueError(f"gated_norm: group_size is {group_size}, wanted a multiple of the {sizes['E']} channels of its part y")
+    check_group_size("gated_norm", sizes["E"], group_size, spread=sum_parts is not None)
     if use_fused(y):
         from mamba_kernels.gated_norm import fused
 

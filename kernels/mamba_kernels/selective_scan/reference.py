@@ -224,7 +224,8 @@ class _BlockedScan(torch.autograd.Function):
         else:
             arriving = [partial(dt.new_zeros, (x.shape[0], *whole.A.shape))]
         y = x.new_empty(x.shape)
-        states_before, final_states = list[Tensor](), list[Tensor]()
+        states_before: list[Tensor] = []
+        final_states: list[Tensor] = []
         for part, state in zip(parts, arriving, strict=True):
             *before, final = _scan(whole.part(part), document_start, state(), y[..., part])
             states_before += before

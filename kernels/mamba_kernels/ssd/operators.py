@@ -49,8 +49,14 @@ def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> lis
     return [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
 
 
+def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+    """As for the states, and one more: a few spilled registers may cost less than a program less at a time."""
+    candidates = _state_candidates(dtype, head_dim, state_size)
+    return [*candidates, candidates[0] | {"maxnreg": 128}]
+
+
 STATES = Tunable("ssd_states", _state_candidates)
-STATE_GRADIENTS = Tunable("ssd_state_gradients", _state_candidates)
+STATE_GRADIENTS = Tunable("ssd_state_gradients", _state_gradient_candidates)
 OUTPUT = Tunable("ssd_output", _token_candidates)
 PAIR_GRADIENT = Tunable("ssd_pair_gradient", _pair_candidates)
 C_GRADIENT = Tunable("ssd_c_gradient", _group_candidates)
@@ -120,6 +126,11 @@ class Scan:
         return self.x.new_empty(self.batch, self.chunks, self.heads, self.head_dim, self.state_size)
 
 
+def of_heads(t: Tensor, heads: slice) -> Tensor:
+    """Some heads, or groups, of [B, S, H, ...]."""
+    return t if heads == ALL else t[:, :, heads]
+
+
 def padded(size: int) -> int:
     """The power of two, at least 16, that holds a dimension of a matrix product."""
     return max(1 << (size - 1).bit_length(), 16)
@@ -136,7 +147,7 @@ def prepare(
 ) -> Scan:  # fmt: skip
     """The problem with its step sizes and decays computed."""
     batch, length, heads, _ = x.shape
-    step, cs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=x.device).unbind()
+    step, cs = (torch.empty(batch, heads, length, dtype=torch.float32, device=x.device) for _ in range(2))
     lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
     scan = Scan(x, B, C, A, D, (step, cs, lo), document)
     block, dt = min(32, padded(heads)), unit_stride(dt)
@@ -264,22 +275,72 @@ def write_gradients(
     return sums.sum(1), swept.final
 
 
+def forward_into(
+    scan: Scan, initial_state: Tensor | None, ranks: SequenceRanks | None, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Write y; returns the final state, and the states before chunks for the backward. Over ranks the heads are worked in two
+    parts, and the exchange of one overlaps the work on the other."""
+    parts = halves(scan.heads, scan.groups, ranks)
+    scans, starts = [scan.part(*part) for part in parts], list[Callable[[], Tensor | None]]()
+    for of_part in scans:
+        if ranks is None:
+            starts.append(lambda: initial_state)
+        else:
+            swept = sweep(of_part, None, None)
+            starts.append(start_state_before(ranks, swept.decay.prod(1), swept.final, over_state))
+    states, finals = [of_part.new_states() for of_part in scans], list[Tensor]()
+    for (heads, _), of_part, before, start in zip(parts, scans, states, starts, strict=True):
+        finals.append(sweep(of_part, start(), before).final)
+        write_output(of_part, before, of_heads(y, heads))
+    return finals[0] if len(finals) == 1 else torch.cat(finals, 1), states
+
+
+def backward_into(
+    scan: Scan, states: list[Tensor], g: Gradients, dt: Tensor, dt_bias: Tensor | None, softplus: bool, g_y: Tensor,
+    g_final: Tensor | None, ranks: SequenceRanks | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `write_gradients` does, over ranks too, where no gradient of an initial state is returned that means anything."""
+    if ranks is None:
+        return write_gradients(scan, states[0], g, dt, dt_bias, softplus, g_y, g_final)
+    parts, g_y, dt_bias = halves(scan.heads, scan.groups, ranks), unit_stride(g_y), contiguous(dt_bias)
+    g_final = scan.new(scan.batch, scan.heads, scan.head_dim, scan.state_size).zero_() if g_final is None else g_final
+    scans, arriving = [scan.part(*part) for part in parts], list[Callable[[], Tensor]]()
+    for (heads, _), of_part in zip(parts, scans, strict=True):
+        swept = sweep(of_part, g_final[:, heads], None, of_heads(g_y, heads))
+        arriving.append(start_gradient_after(ranks, swept.decay.prod(1), swept.final, over_state))
+    shared, sums, of_groups = len(parts) > 1 and scan.groups == 1, list[Tensor](), list[tuple[Tensor, Tensor]]()
+    for (heads, groups), of_part, before, arrived in zip(parts, scans, states, arriving, strict=True):
+        # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
+        g_B, g_C = (torch.empty_like(t, dtype=torch.float32) if shared else of_heads(t, groups) for t in (g.B, g.C))
+        g_part = Gradients(of_heads(g.x, heads), of_heads(g.dt, heads), g_B, g_C)
+        bias, g_last = None if dt_bias is None else dt_bias[heads], arrived() + g_final[:, heads]
+        of_decays, g_initial = write_gradients(
+            of_part, before, g_part, of_heads(dt, heads), bias, softplus, of_heads(g_y, heads), g_last
+        )
+        sums.append(of_decays)
+        of_groups.append((g_B, g_C))
+    if shared:
+        for whole, (first, second) in zip((g.B, g.C), zip(*of_groups, strict=True), strict=True):
+            whole.copy_(first + second)
+    return torch.cat(sums, 1), g_initial
+
+
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     document_start: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y, the final state, and what the backward keeps: step, cs, lo (see `Scan`) and the states before each chunk."""
     scan = prepare(x, dt, A, B, C, D, dt_bias, count_documents(document_start), softplus)
-    y, states = x.new_empty(x.shape), scan.new_states()
-    final = sweep(scan, initial_state, states).final
-    write_output(scan, states, y)
+    y = x.new_empty(x.shape)
+    final, (states,) = forward_into(scan, initial_state, None, y)
     return y, final, *scan.kept, states
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     document_start: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `_forward` returns, uninitialised."""
     (batch, length, heads, head_dim), state_size = x.shape, B.shape[3]
     step, cs = (x.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
     lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
@@ -336,7 +397,7 @@ _gradients = register(
     "ssd_backward", f"(Tensor g_y, Tensor? g_final, {_INPUTS}, {_KEPT}, bool softplus) -> {_SIX}", _backward, _backward_fake
 )
 _ssd = register(
-    "ssd", f"({_INPUTS}, bool softplus) -> {_SIX}", _forward, _forward_fake, setup_context=_setup_context, backward=_autograd
+    "ssd", f"({_INPUTS}, bool softplus) -> {_SIX}", _forward, forward_fake, setup_context=_setup_context, backward=_autograd
 )
 
 
@@ -352,7 +413,7 @@ def ssd(
 
 
 class _SpreadSSD(torch.autograd.Function):
-    """A sequence spread over ranks, as in `reference`: the exchange of a half of the heads overlaps the work on the other."""
+    """A sequence spread over ranks, as in `reference`: no operator can hold what they exchange with."""
 
     @staticmethod
     def forward(
@@ -360,46 +421,20 @@ class _SpreadSSD(torch.autograd.Function):
         document_start: Tensor | None, softplus: bool, ranks: SequenceRanks,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         scan = prepare(x, dt, A, B, C, D, dt_bias, count_documents(document_start), softplus)
-        parts = halves(x.shape[2], B.shape[2], ranks)
-        scans = [scan.part(*part) for part in parts]
-        arriving = list[Callable[[], Tensor]]()
-        for of_part in scans:
-            swept = sweep(of_part, None, None)
-            arriving.append(start_state_before(ranks, swept.decay.prod(1), swept.final, over_state))
-        y, states, finals = x.new_empty(x.shape), [of_part.new_states() for of_part in scans], list[Tensor]()
-        for (heads, _), of_part, before, arrived in zip(parts, scans, states, arriving, strict=True):
-            finals.append(sweep(of_part, arrived(), before).final)
-            write_output(of_part, before, y[:, :, heads])
+        y = x.new_empty(x.shape)
+        final_state, states = forward_into(scan, None, ranks, y)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, document_start, *scan.kept, *states)
         ctx.softplus, ctx.ranks = softplus, ranks
-        return y, torch.cat(finals, 1)
+        return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, dt_bias, document_start, step, cs, lo, *states = ctx.saved_tensors
         scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
-        parts, g_y, dt_bias = halves(x.shape[2], B.shape[2], ctx.ranks), unit_stride(g_y), contiguous(dt_bias)
-        scans, arriving = [scan.part(*part) for part in parts], list[Callable[[], Tensor]]()
-        for (heads, _), of_part in zip(parts, scans, strict=True):
-            swept = sweep(of_part, g_final[:, heads], None, g_y[:, :, heads])
-            arriving.append(start_gradient_after(ctx.ranks, swept.decay.prod(1), swept.final, over_state))
-        g, shared = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C))), len(parts) > 1 and B.shape[2] == 1
-        sums, of_groups = list[Tensor](), list[tuple[Tensor, Tensor]]()
-        for (heads, groups), of_part, before, arrived in zip(parts, scans, states, arriving, strict=True):
-            # Of the sum of two parts' gradients, only the result is rounded to the dtype of B and C.
-            g_B, g_C = (t.new_empty(t.shape, dtype=torch.float32) if shared else t[:, :, groups] for t in (g.B, g.C))
-            g_part, bias = Gradients(g.x[:, :, heads], g.dt[:, :, heads], g_B, g_C), None if dt_bias is None else dt_bias[heads]
-            g_last = arrived() + g_final[:, heads]
-            of_decays, _ = write_gradients(
-                of_part, before, g_part, dt[:, :, heads], bias, ctx.softplus, g_y[:, :, heads], g_last
-            )
-            sums.append(of_decays)
-            of_groups.append((g_B, g_C))
-        if shared:
-            for whole, (first, second) in zip((g.B, g.C), zip(*of_groups, strict=True), strict=True):
-                whole.copy_(first + second)
-        g_A, g_bias, g_D = torch.cat(sums, 1).unbind()
+        g = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
+        sums, _ = backward_into(scan, states, g, dt, dt_bias, ctx.softplus, g_y, g_final, ctx.ranks)
+        g_A, g_bias, g_D = sums.unbind()
         return (
             g.x, g.dt, g_A.to(A.dtype), g.B, g.C, None if D is None else g_D.to(D.dtype),
             None if dt_bias is None else g_bias.to(dt_bias.dtype), None, None, None,

@@ -324,7 +324,8 @@ class _ChunkedSSD(torch.autograd.Function):
         else:
             arriving = [lambda: dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])]
         y = x.new_empty(x.shape)
-        states_before, final_states = list[Tensor](), list[Tensor]()
+        states_before: list[Tensor] = []
+        final_states: list[Tensor] = []
         for (heads, groups), state in zip(parts, arriving, strict=True):
             *before, final = _scan(whole.part(heads, groups), document_start, chunk_size, state(), y[:, :, heads])
             states_before += before

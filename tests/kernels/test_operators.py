@@ -1,0 +1,122 @@
+"""The fused ops as torch.library operators: what modes and compilers see computes what plain calls do."""
+
+import pytest
+import torch
+from op_testing import AllocationWatch, outputs_and_gradients, randn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mamba_kernels as ops
+from mamba_kernels import backend
+from megatron_mamba.model.module import SequenceInfo
+from megatron_mamba.parallel import fsdp
+from tiny import one_process, random_model, tiny
+
+TOKENS = (2, 9)
+
+
+def wide(*shape, seed=0):
+    return randn(*shape, seed=seed, dtype=torch.float32)
+
+
+def scan_inputs(*of_B):
+    return {"dt": wide(*TOKENS, 4), "A": -wide(4).abs(), "B": wide(*TOKENS, *of_B), "C": wide(*TOKENS, *of_B, seed=1), "D": wide(4)}
+
+
+OPS = {
+    "ssd": (lambda **t: ops.ssd(**t, dt_softplus=True, return_final_state=True), {"x": wide(*TOKENS, 4, 3)} | scan_inputs(2, 5)),
+    "selective_scan": (
+        lambda **t: ops.selective_scan(**t, dt_softplus=True, return_final_state=True),
+        {"x": wide(*TOKENS, 4)} | scan_inputs(5) | {"A": -wide(4, 5).abs()},
+    ),
+    "causal_conv1d": (
+        lambda **t: ops.causal_conv1d(**t, activation="silu", return_final_state=True),
+        {"x": wide(*TOKENS, 6), "weight": wide(6, 3), "bias": wide(6)},
+    ),
+    "gated_norm": (
+        lambda **t: ops.gated_norm(**t, group_size=3, eps=1e-2), {"y": wide(*TOKENS, 6), "z": wide(*TOKENS, 6), "weight": wide(6)}
+    ),
+    "norm": (lambda **t: ops.layer_norm(**t, eps=1e-2), {"x": wide(*TOKENS, 6), "weight": wide(6), "bias": wide(6)}),
+    "add_norm": (
+        lambda **t: ops.rms_norm(**t, eps=1e-2), {"x": wide(*TOKENS, 6), "weight": wide(6), "residual": wide(*TOKENS, 6, seed=1)}
+    ),
+    "swiglu": (ops.swiglu, {"gate": wide(*TOKENS, 6), "up": wide(*TOKENS, 6, seed=1)}),
+    "unary_activation": (ops.gelu, {"x": wide(*TOKENS, 6)}),
+    "rope": (ops.rope, {"x": wide(*TOKENS, 2, 8), "cos": wide(9, 3), "sin": wide(9, 3, seed=1)}),
+    "mamba2_mixer": (
+        lambda **t: ops.mamba2_mixer(**t, state_size=5, group_size=6, eps=1e-2),
+        {
+            "packed": wide(*TOKENS, 48), "conv_weight": wide(32, 4), "conv_bias": wide(32), "A": -wide(4).abs(), "D": wide(4),
+            "dt_bias": wide(4), "norm_weight": wide(12),
+        },
+    ),
+}  # fmt: skip
+
+
+class Names(TorchDispatchMode):
+    """The operators of mamba_kernels that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mamba_kernels":
+            self.seen.add(func._schema.name.removeprefix("mamba_kernels::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operator_equals_a_plain_call(name, fused_device):
+    op, inputs = OPS[name]
+    inputs = {argument: t.to(fused_device) for argument, t in inputs.items()}
+    plain = outputs_and_gradients(op, inputs)
+    with Names() as names:
+        seen = outputs_and_gradients(op, inputs)
+    assert {name, "norm_backward" if name == "add_norm" else f"{name}_backward"} <= names.seen
+    assert all(torch.equal(seen[what], plain[what]) for what in plain)
+    with Names() as names, torch.no_grad():
+        op(**inputs)
+    assert name in names.seen
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_second_derivative(name, fused_device):
+    """Asked for, it is refused: the kernels of a backward pass would give a wrong one in silence."""
+    op, inputs = OPS[name]
+    leaves = {argument: t.to(fused_device).requires_grad_() for argument, t in inputs.items()}
+    out = op(**leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    for mode in (AllocationWatch(), None):
+        with mode or torch.enable_grad():
+            first = torch.autograd.grad(out.sum(), next(iter(leaves.values())), create_graph=True, retain_graph=True)[0]
+            with pytest.raises(RuntimeError):
+                torch.autograd.grad(first.sum(), list(leaves.values()), allow_unused=True)
+
+
+@pytest.mark.parametrize("pattern", ["M", "m", "*", "-"])
+def test_a_layer_compiles_to_one_graph(pattern, fused_device, monkeypatch):
+    """Norm, projections, mixer and residual of each kind, forward and backward, without a graph break."""
+    graphs = []
+
+    def compiler(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, example_inputs)
+
+    with one_process() as context:
+        layer = random_model(tiny(pattern), context, precision="fp32", sharded=False).layers["0"].to(fused_device)
+        info, x = SequenceInfo(2, 9, torch.device(fused_device)), wide(18, 24).to(fused_device)
+        parameters = list(layer.parameters())
+
+        def run(module):
+            leaf = x.clone().requires_grad_()
+            out = module(leaf, info, None)
+            return [fsdp.local(t) for t in (out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *parameters]))]
+
+        want = run(layer)
+        got = run(torch.compile(layer, backend=compiler, fullgraph=True))
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want, strict=True))
+    operator = {"M": "mamba2_mixer", "m": "selective_scan", "*": "norm", "-": "unary_activation"}[pattern]
+    assert backend.INTERPRETED is (fused_device == "cpu")
+    assert any(operator in str(node.target) for node in graphs[0].graph.nodes), graphs[0].code
