@@ -136,6 +136,12 @@ recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None =
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+@cache
+def pointers(kernel: Any) -> int:
+    """How many arguments of a kernel are tensors or None: the first, which are named so."""
+    return next((i for i, name in enumerate(kernel.arg_names) if not name.endswith("_ptr")), len(kernel.arg_names))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
     """Launch a Triton kernel on a grid of programs, its compile-time arguments by name and last; nothing for an empty grid, nor on
     meta tensors, for which an op allocates what it would and computes nothing.
@@ -149,26 +155,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if recorder is not None:
         recorder(kernel, grid, arguments, meta)
         return
-    first = next(a for a in arguments if isinstance(a, Tensor))
+    first = next(a for a in arguments if a is not None)
     if first.is_meta:
         return
-    values, key = list[Any](), [kernel, first.get_device(), *meta.values()]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            values.append(address)
-            key += (argument.dtype, address % 16)
-        else:
-            values.append(argument)
-            key.append(argument)
-    found = _compiled.get(at := tuple(key))
+    count = pointers(kernel)
+    tensors, numbers = arguments[:count], arguments[count:]
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    key = (
+        kernel, first.get_device(), numbers, *meta.values(),
+        *[a if a is None else (t.dtype, a % 16) for t, a in zip(tensors, addresses, strict=True)],
+    )  # fmt: skip
+    found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **meta)
         if compiled is not None:  # The interpreter compiles nothing.
-            _compiled[at] = compiled, tuple(meta[name] for name in kernel.arg_names[len(arguments) :])
+            _compiled[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(arguments) :])
         return
     compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*values, *constants)
+    compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants)
 
 
 class Tunable:

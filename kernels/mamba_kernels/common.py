@@ -195,9 +195,11 @@ def _check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Sizes)
         leading = len(shape) - len(tokens) + 1
         shape = [tuple(shape[:leading]), *shape[leading:]]
     if len(shape) == len(tokens):
-        found = dict(zip(tokens, shape, strict=True))
-        if all(_size(token, sizes, size) == size for token, size in found.items()):
-            sizes.update(found)
+        for token, size in zip(tokens, shape, strict=True):
+            if _size(token, sizes, size) != size:
+                break
+        else:
+            sizes.update(zip(tokens, shape, strict=True))
             return
     wanted = ", ".join(str(_size(token, sizes, token)) for token in tokens)
     raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted [{', '.join(tokens)}] = ({wanted})")

@@ -83,6 +83,8 @@ def main(architecture: str, modules: list[str]) -> int:
 
     def record(kernel, grid, arguments, meta) -> None:
         nonlocal failures
+        leading = backend.pointers(kernel)
+        assert not any(isinstance(a, torch.Tensor) for a in arguments[leading:]), "tensors come first, and are named _ptr"
         compiled = kernel.warmup(*arguments, grid=grid, **meta)
         key = compiled.hash
         if key in seen:

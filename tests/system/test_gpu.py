@@ -65,6 +65,18 @@ def test_cuda_gives_the_loss_and_every_gradient_of_the_cpu(precision: str, toler
     assert errors[worst] <= tolerance, errors
 
 
+def test_gradients_are_the_same_ten_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, of every parameter of a model with every mixer, in deterministic mode."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (_loss_and_gradients("cuda", "bf16") for _ in range(10))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(others) == 9
+    assert [name for other in others for name in first if not torch.equal(other[name], first[name])] == []
+
+
 def _losses(run_dir: Path, stop_after: int | None = None) -> list[float]:
     config = Config(
         model=MODEL,

@@ -25,7 +25,8 @@ def chunk_length(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 128
 
 
-def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
+    """`waves`: 1 where heads are no more than multiprocessors, of which smaller tiles may keep more at work; else 2."""
     length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
     tiles = [(length, block_p, block_n, 8, 2), (length, block_p, block_n, 8, 3)]
     tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (2, 3)]
@@ -49,9 +50,9 @@ def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> lis
     return [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
 
 
-def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
+def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
     """As for the states, and one more: a few spilled registers may cost less than a program less at a time."""
-    candidates = _state_candidates(dtype, head_dim, state_size)
+    candidates = _state_candidates(dtype, head_dim, state_size, waves)
     return [*candidates, candidates[0] | {"maxnreg": 128}]
 
 
@@ -174,7 +175,8 @@ def sweep(
     gradient of the state in reverse, written for the state after each chunk, `before` being the states themselves."""
     reverse = g_y is not None
     v, w = (scan.x, scan.B) if g_y is None else (g_y, scan.C)
-    meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key)
+    waves = 1 if scan.batch * scan.heads <= MULTIPROCESSORS else 2
+    meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key, waves)
     tiles = -(-scan.head_dim // meta["BP"]) * -(-scan.state_size // meta["BN"])
     programs = tiles * scan.batch * scan.heads
     # A second pass costs more than some idle multiprocessors.
