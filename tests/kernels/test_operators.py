@@ -6,7 +6,6 @@ from op_testing import AllocationWatch, outputs_and_gradients, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mamba_kernels as ops
-from mamba_kernels import backend
 from megatron_mamba.model.module import SequenceInfo
 from megatron_mamba.parallel import fsdp
 from tiny import one_process, random_model, tiny
@@ -94,8 +93,10 @@ def test_no_second_derivative(name, fused_device):
 
 
 @pytest.mark.parametrize("pattern", ["M", "m", "*", "-"])
-def test_a_layer_compiles_to_one_graph(pattern, fused_device, monkeypatch):
+def test_a_layer_compiles_to_one_graph(pattern, fused_device):
     """Norm, projections, mixer and residual of each kind, forward and backward, without a graph break."""
+    if fused_device == "cuda":
+        pytest.skip("the model is made for a CPU here; on GPUs, tools/bench_kernels.py compile has one")
     graphs = []
 
     def compiler(graph, example_inputs):
@@ -103,8 +104,8 @@ def test_a_layer_compiles_to_one_graph(pattern, fused_device, monkeypatch):
         return torch._dynamo.backends.debugging.aot_eager(graph, example_inputs)
 
     with one_process() as context:
-        layer = random_model(tiny(pattern), context, precision="fp32", sharded=False).layers["0"].to(fused_device)
-        info, x = SequenceInfo(2, 9, torch.device(fused_device)), wide(18, 24).to(fused_device)
+        layer = random_model(tiny(pattern), context, precision="fp32", sharded=False).layers["0"]
+        info, x = SequenceInfo(2, 9, torch.device("cpu")), wide(18, 24)
         parameters = list(layer.parameters())
 
         def run(module):
@@ -118,5 +119,4 @@ def test_a_layer_compiles_to_one_graph(pattern, fused_device, monkeypatch):
     assert len(graphs) == 1
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want, strict=True))
     operator = {"M": "mamba2_mixer", "m": "selective_scan", "*": "norm", "-": "unary_activation"}[pattern]
-    assert backend.INTERPRETED is (fused_device == "cpu")
     assert any(operator in str(node.target) for node in graphs[0].graph.nodes), graphs[0].code
