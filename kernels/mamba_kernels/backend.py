@@ -133,7 +133,7 @@ recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None =
 """Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], list[Any]]] = {}
 
 
 @cache
@@ -148,7 +148,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
 
     Triton looks at every argument of every launch to find what it compiled, and asks the driver about every address, which for
     kernels of this size takes longer than the rest of a launch. Here one look-up does: a kernel is compiled for the numbers it is
-    called with, for the dtypes of tensors and for whether their addresses are multiples of 16.
+    called with (a float where an int of the same value may come too must be one always), for the dtypes of tensors and for whether
+    their addresses are multiples of 16. Triton's own profiler, which has a
+    hook at every launch, sees the first of each only; torch's and NVIDIA's see all.
     """
     if 0 in grid:
         return
@@ -169,10 +171,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if found is None:
         compiled = kernel[grid](*arguments, **meta)
         if compiled is not None:  # The interpreter compiles nothing.
-            _compiled[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(arguments) :])
+            constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
+            # What a compiled kernel's own __getitem__ calls; the three are hooks of Triton's profiler and what they are told.
+            _compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), constants
         return
-    compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants)
+    run, of_kernel, constants = found
+    stream = torch._C._cuda_getCurrentRawStream(first.get_device())
+    run(*(*grid, 1, 1)[:3], stream, *of_kernel, *addresses, *numbers, *constants)
 
 
 class Tunable:

@@ -1,11 +1,14 @@
 """The fused ops as torch.library operators: what modes and compilers see computes what plain calls do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from op_testing import AllocationWatch, outputs_and_gradients, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mamba_kernels as ops
+from mamba_kernels import backend
 from megatron_mamba.model.module import SequenceInfo
 from megatron_mamba.parallel import fsdp
 from tiny import one_process, random_model, tiny
@@ -120,3 +123,42 @@ def test_a_layer_compiles_to_one_graph(pattern, fused_device):
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want, strict=True))
     operator = {"M": "mamba2_mixer", "m": "selective_scan", "*": "norm", "-": "unary_activation"}[pattern]
     assert any(operator in str(node.target) for node in graphs[0].graph.nodes), graphs[0].code
+
+
+class FakeKernel:
+    """A Triton kernel that compiles at its first launch, which notes what each later one is given."""
+
+    def __init__(self, *arg_names):
+        self.arg_names, self.compiled, self.launched = list(arg_names), 0, []
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **meta):
+        self.compiled += 1
+        return SimpleNamespace(run=self.run, function=self.compiled, packed_metadata="metadata")
+
+    def run(self, *given):
+        self.launched.append(given)
+
+
+def test_a_launch_finds_what_was_compiled(monkeypatch):
+    """Once for every dtype, alignment, number and configuration; then with addresses, numbers and constants in order."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream {device}", raising=False)
+    kernel, x = FakeKernel("x_ptr", "y_ptr", "N", "s", "BLOCK"), torch.zeros(64)
+    variants = [
+        ((x, x, 8, 3), {"BLOCK": 16}), ((x, None, 8, 3), {"BLOCK": 16}), ((x, x.double(), 8, 3), {"BLOCK": 16}),
+        ((x, x[1:], 8, 3), {"BLOCK": 16}), ((x, x, 9, 3), {"BLOCK": 16}), ((x, x, 8, 3), {"BLOCK": 32}),
+        ((x, x, 8, 3), {"BLOCK": 16, "num_warps": 8}),
+    ]  # fmt: skip
+    for _ in range(2):
+        for arguments, meta in variants:
+            backend.launch(kernel, (5,), *arguments, **meta)
+    backend.launch(kernel, (5, 0), x, x, 8, 3, BLOCK=16)
+    backend.launch(kernel, (5,), x.to("meta"), None, 8, 3, BLOCK=16)
+    assert kernel.compiled == len(kernel.launched) == len(variants)
+    address = x.data_ptr()
+    assert kernel.launched[0] == (5, 1, 1, "stream -1", 1, "metadata", None, None, None, address, address, 8, 3, 16)
+    assert kernel.launched[1][-5:] == (address, None, 8, 3, 16)
+    assert kernel.launched[3][-5:] == (address, address + 4, 8, 3, 16)
+    assert [given[4] for given in kernel.launched] == list(range(1, len(variants) + 1))

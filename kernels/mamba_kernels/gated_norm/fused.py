@@ -133,8 +133,8 @@ def forward_into(
     grid, meta = _configured(FORWARD, y, group_size)
     strides = (0 if t is None else t.stride(0) for t in (y, z, out))
     launch(
-        _gated_norm_kernel, grid, y, z, weight, out, squares, *y.shape, min(group_size, y.shape[1]), group_size, *strides, eps,
-        SUMS=out is None, **meta,
+        _gated_norm_kernel, grid, y, z, weight, out, squares, *y.shape, min(group_size, y.shape[1]), group_size, *strides,
+        float(eps), SUMS=out is None, **meta,
     )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def forward_into(
     meta = FORWARD(x.dtype, block)
     launch(
         _norm_kernel, (min(triton.cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"]),),
-        x, residual, weight, bias, out, h, tokens, columns, *(_row_stride(t) for t in (x, residual, out, h)), eps,
+        x, residual, weight, bias, out, h, tokens, columns, *(_row_stride(t) for t in (x, residual, out, h)), float(eps),
         LAYER=layer, ONE_PLUS=one_plus, BLOCK_D=block, **_without_programs(meta),
     )  # fmt: skip
 
@@ -182,7 +182,7 @@ def backward_into(
     partials = torch.empty(programs, columns * (1 if g_bias is None else 2), dtype=torch.float32, device=h.device)
     launch(
         _norm_backward_kernel, (programs,), h, weight, g_out, g_h, g_x, g_residual, partials, tokens, columns,
-        *(_row_stride(t) for t in (h, g_out, g_h, g_x, g_residual)), eps,
+        *(_row_stride(t) for t in (h, g_out, g_h, g_x, g_residual)), float(eps),
         LAYER=layer, ONE_PLUS=one_plus, BIAS=g_bias is not None, BLOCK_D=block, **_without_programs(meta),
     )  # fmt: skip
     sum_rows_into(partials, g_weight, g_bias)
