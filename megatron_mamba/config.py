@@ -310,6 +310,8 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Bit-equal results run to run on the same hardware."""
+    kernels: Literal["fused", "reference"] = "fused"
+    """What computes on GPUs: Triton kernels, or, to look for the cause of trouble, the plain-torch reference of each."""
     loss_chunk_tokens: int = 0
     """Tokens whose logits exist at one time; 0 = as many as have logits of 1 GiB on a rank."""
     max_skipped_steps: int = 10

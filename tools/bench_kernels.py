@@ -101,11 +101,11 @@ class Row:
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Let every op take its reference."""
-    before, backend.FUSED_DTYPES = backend.FUSED_DTYPES, frozenset()
+    before, backend.FUSED = backend.FUSED, False
     try:
         yield
     finally:
-        backend.FUSED_DTYPES = before
+        backend.FUSED = before
 
 
 def bytes_moved(case: Case, inputs: Inputs, outputs: Sequence[Tensor], direction: str) -> int:

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mamba_kernels import backend
 from megatron_mamba.config import Config, ConfigError
 from megatron_mamba.data.loader import Batch
 from megatron_mamba.model import build_pipeline
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> int:
         size = args.micro_batches * config.trainer.micro_batch_size
         config.parallel.check_micro_batches("--micro-batches", args.micro_batches, size, args.micro_batches)
         context = ParallelContext.create(config.parallel, "cuda")
+        backend.FUSED = config.trainer.kernels == "fused"
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mamba_kernels import backend
 from megatron_mamba.config import Config, ConfigError, require
 from megatron_mamba.data.loader import Batch
 from megatron_mamba.model import build_pipeline
@@ -61,6 +62,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(config: Config, micro_batches: int, repeats: int) -> dict[str, float] | None:
     """Seconds of the step and its parts, tokens/s, fraction of the floor, peak memory in GiB; None on later ranks."""
     context = ParallelContext.create(config.parallel, config.trainer.device)
+    backend.FUSED = config.trainer.kernels == "fused"
     device, batch, length = context.device, config.trainer.micro_batch_size, config.data.seq_length
     rate = matmul_rate(device, DTYPES[config.trainer.precision])
     pipeline = build_pipeline(

@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 FUSED_DTYPES = frozenset([torch.float32, torch.bfloat16, torch.float16])
 """What the fused kernels compute with; float64 is the reference's."""
 
+FUSED = True
+"""Whether ops may run fused at all. To look for the cause of trouble, set it to False: the reference runs on every device."""
+
 META_DEVICE = "cpu"
 """Which device meta tensors stand for: the planner sets "cuda", and then counts what the fused kernels allocate."""
 
@@ -41,7 +44,7 @@ Meta = dict[str, int]
 
 def use_fused(x: Tensor, op: str = "") -> bool:
     """Whether an op on `x` runs fused: on a CUDA device, in float32 or narrower."""
-    if x.dtype not in FUSED_DTYPES or op in UNPROVEN:
+    if not FUSED or x.dtype not in FUSED_DTYPES or op in UNPROVEN:
         return False
     return x.is_cuda or (x.is_cpu and INTERPRETED) or (x.is_meta and META_DEVICE == "cuda")
 

@@ -164,7 +164,8 @@ def measure(config: Config, kind: str) -> Piece:
     batch, length = trainer.micro_batch_size, config.data.seq_length // parallel.cp
     recompute = getattr(config.recompute, kind, "none")
     model = replace(one_layer(config.model, kind), name="")
-    fused = backend.AVAILABLE and trainer.device != "cpu" and DTYPES[trainer.precision] in backend.FUSED_DTYPES
+    fused = backend.AVAILABLE and trainer.kernels == "fused" and trainer.device != "cpu"
+    fused = fused and DTYPES[trainer.precision] in backend.FUSED_DTYPES
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused)
     loops = not fused or (kind == "mamba" and "selective_scan" in backend.UNPROVEN)
     lengths = SCANS.get(kind, (length, length)) if loops else (length, length)

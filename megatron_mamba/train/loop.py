@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from mamba_kernels import backend
 from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
 from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
@@ -71,6 +72,7 @@ class Trainer:
         learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
+        backend.FUSED = config.trainer.kernels == "fused"
         self.data = build_datasets(config)
         # What is put off under a zero-bubble schedule costs time too.
         timed = config.parallel.balance == "time" and context.size("pp") > 1

@@ -81,6 +81,14 @@ def test_operator_equals_a_plain_call(name, fused_device):
     assert name in names.seen
 
 
+def test_the_reference_can_be_asked_for(fused_device, monkeypatch):
+    monkeypatch.setattr(backend, "FUSED", False)
+    for op, inputs in OPS.values():
+        with Names() as names:
+            outputs_and_gradients(op, {argument: t.to(fused_device) for argument, t in inputs.items()})
+        assert names.seen == set()
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_no_second_derivative(name, fused_device):
     """Asked for, it is refused: the kernels of a backward pass would give a wrong one in silence."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mamba_kernels import backend
 from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve
 from megatron_mamba.config import (
     BatchRampConfig,
@@ -78,6 +79,13 @@ def test_a_run_learns_and_leaves_its_folder(whole: Path) -> None:
     record = records(whole)[-1]
     assert record["tokens_per_second"] > 0
     assert record["seconds"].keys() >= {"data", "forward", "backward", "optimizer"}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_kernels_are_those_asked_for(kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "FUSED", kernels != "fused")
+    train(config_for(tmp_path, trainer={"kernels": kernels, "stop_after_samples": 4}, eval={"interval": 0, "samples": 1}))
+    assert backend.FUSED is (kernels == "fused")
 
 
 def test_stopped_and_resumed_equals_uninterrupted(whole: Path, tmp_path: Path) -> None:

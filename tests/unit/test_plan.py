@@ -127,6 +127,15 @@ def test_scans_grow_linearly_with_the_sequence(kind, batch, length, monkeypatch)
     assert (short.forward, short.backward) == (whole.forward, whole.backward)
 
 
+def test_the_kernels_asked_for_are_counted():
+    fused, reference, cpu = (
+        measure(from_dict(Config, compose_tree(["model=hybrid_8b", "data.seq_length=2048", *options])), "mamba2")
+        for options in ([], ["trainer.kernels=reference"], ["trainer.device=cpu"])
+    )
+    assert reference == cpu
+    assert fused.kept != reference.kept
+
+
 def test_attention_on_meta_tensors_makes_no_square_matrix():
     one, two = (measure(small(f"data.seq_length={length}"), "attention") for length in (4096, 8192))
     assert two.backward < 2.1 * one.backward
