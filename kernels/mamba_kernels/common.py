@@ -35,6 +35,16 @@ class SequenceRanks(Protocol):
         """Begin to collect `x` [n] (same shape on all ranks) of all ranks; the function returned waits and returns [size, n]."""
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def unit_stride(t: Tensor) -> Tensor:
     """With the elements of the last dimension next to each other: the tensor itself where they are."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

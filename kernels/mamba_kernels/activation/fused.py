@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import as_rows
+from mamba_kernels.common import as_rows, cdiv
 
 SWIGLU, SQUARED_RELU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 
@@ -107,7 +107,7 @@ def _activation_backward_kernel(
 def forward_into(kind: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Write the activation of [T, F] into `out` [T, F]; `up` is used by SwiGLU only."""
     meta = FORWARD(gate.dtype)
-    grid = (gate.shape[0], triton.cdiv(gate.shape[1], meta["BLOCK"]))
+    grid = (gate.shape[0], cdiv(gate.shape[1], meta["BLOCK"]))
     launch(
         _activation_kernel, grid, gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), out.stride(0), KIND=kind, **meta
     )
@@ -116,7 +116,7 @@ def forward_into(kind: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
 def backward_into(kind: int, gate: Tensor, up: Tensor, g_out: Tensor, g_gate: Tensor, g_up: Tensor) -> None:
     """Write the gradients of `gate` and, for SwiGLU, `up`, [T, F] each."""
     meta = BACKWARD(gate.dtype)
-    grid = (gate.shape[0], triton.cdiv(gate.shape[1], meta["BLOCK"]))
+    grid = (gate.shape[0], cdiv(gate.shape[1], meta["BLOCK"]))
     strides = (t.stride(0) for t in (gate, up, g_out, g_gate, g_up))
     launch(
         _activation_backward_kernel, grid, gate, up, g_out, g_gate, g_up, gate.shape[1], *strides, KIND=kind, **meta

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mamba_kernels.activation.fused import sigmoid
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import contiguous, unit_stride
+from mamba_kernels.common import cdiv, contiguous, next_power_of_2, unit_stride
 from mamba_kernels.norm.fused import sum_rows_into
 
 
@@ -312,11 +312,11 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 def _configured(tunable: Tunable, x: Tensor, width: int) -> tuple[tuple[int, int, int], Meta]:
     """The grid, with one program along an empty sequence too, and what else a launch takes."""
     batch, length, channels = x.shape
-    meta = tunable(x.dtype, width, triton.next_power_of_2(max(x.numel() >> 20, 1)))
+    meta = tunable(x.dtype, width, next_power_of_2(max(x.numel() >> 20, 1)))
     # A grid has at most 65,535 programs in its second dimension.
-    tokens = max(meta["TOKENS"], triton.next_power_of_2(triton.cdiv(length, 65535)))
+    tokens = max(meta["TOKENS"], next_power_of_2(cdiv(length, 65535)))
     meta = meta | {"TOKENS": tokens, "WHOLE": length % meta["UNROLL"] == 0}
-    return (triton.cdiv(channels, meta["BLOCK_C"]), max(triton.cdiv(length, meta["TOKENS"]), 1), batch), meta
+    return (cdiv(channels, meta["BLOCK_C"]), max(cdiv(length, meta["TOKENS"]), 1), batch), meta
 
 
 def forward_into(

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import unit_stride
+from mamba_kernels.common import cdiv, unit_stride
 
 PACK = tl.constexpr(8)  # Elements that a thread loads at once and folds into one maximum and one sum.
 SCALING_PROGRAMS = 1024
@@ -124,7 +124,7 @@ def gradient_into(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scale: T
     rows, v = logits.shape
     meta = GRADIENT(logits.dtype)
     strides = (t.stride(0) for t in (logits, targets, log_sum_exp, scale, gradient))
-    grid = (rows * triton.cdiv(v, meta["BLOCK"]),)
+    grid = (rows * cdiv(v, meta["BLOCK"]),)
     launch(_gradient_kernel, grid, logits, targets, log_sum_exp, scale, gradient, v, vocab_start, *strides, **meta)
 
 
@@ -140,7 +140,7 @@ def _gradient(gradient: Tensor, logits: Tensor, targets: Tensor, log_sum_exp: Te
 
 def _scale(x: Tensor, factor: Tensor) -> None:
     meta = SCALING(x.dtype)
-    programs = min(triton.cdiv(x.numel(), meta["BLOCK"]), SCALING_PROGRAMS)
+    programs = min(cdiv(x.numel(), meta["BLOCK"]), SCALING_PROGRAMS)
     launch(_scaling_kernel, (programs,), x, factor, x.numel(), **meta)
 
 

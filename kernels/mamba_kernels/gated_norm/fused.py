@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba_kernels.activation.fused import sigmoid
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import as_rows
+from mamba_kernels.common import as_rows, cdiv, next_power_of_2
 from mamba_kernels.norm.fused import block_meta, sum_rows_into
 
 
@@ -117,9 +117,9 @@ def _configured(tunable: Tunable, y: Tensor, group_size: int) -> tuple[tuple[int
     """The grid, and what else a launch takes."""
     tokens, channels = y.shape
     local = min(group_size, channels)
-    groups, block = channels // max(local, 1), triton.next_power_of_2(local)
+    groups, block = channels // max(local, 1), next_power_of_2(local)
     meta = dict(tunable(y.dtype, block, groups))
-    programs = min(triton.cdiv(tokens, meta["BLOCK_T"]), meta.pop("PROGRAMS"))
+    programs = min(cdiv(tokens, meta["BLOCK_T"]), meta.pop("PROGRAMS"))
     return (groups, programs), meta | {"BLOCK_E": block}
 
 

@@ -38,16 +38,9 @@ class Inputs(NamedTuple):
     group_size: int
     eps: float
 
-    def convolution(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool]:
-        """The convolution's arguments."""
-        _, conv_in, _ = split_packed(self.packed, self.conv_weight, self.A)
-        weight, bias, state = self.conv_weight.contiguous(), self.conv_bias.contiguous(), contiguous(self.conv_state)
-        return conv_in, weight, bias, state, self.document_start, True
-
-    def norm(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The norm's arguments, of rows."""
-        z, _, _ = split_packed(self.packed, self.conv_weight, self.A)
-        return as_rows(y.flatten(2)), as_rows(z), self.norm_weight.contiguous()
+    def filter(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]:
+        """The convolution's arguments but the first."""
+        return self.conv_weight.contiguous(), self.conv_bias.contiguous(), contiguous(self.conv_state), self.document_start, True
 
     def room_for_rows(self) -> Tensor:
         """For a number a token."""
@@ -71,20 +64,20 @@ class Outputs(NamedTuple):
 
 def forward(t: Inputs, ranks: SequenceRanks | None, sum_parts: SumParts | None) -> Outputs:
     """Run the kernels."""
-    t = t._replace(packed=unit_stride(t.packed))
     (batch, length, _), (channels, width) = t.packed.shape, t.conv_weight.shape
+    z, conv_in, dt = split_packed(unit_stride(t.packed), t.conv_weight, t.A)
     convolved, conv_state = t.packed.new_empty(batch, length, channels), t.packed.new_empty(batch, width - 1, channels)
-    convolution.forward_into(*t.convolution(), convolved, conv_state)
+    convolution.forward_into(conv_in, *t.filter(), convolved, conv_state)
     x, B, C = split_convolved(convolved, t.norm_weight, t.A, t.state_size)
-    _, _, dt = split_packed(t.packed, t.conv_weight, t.A)
     scan = scans.prepare(x, dt, t.A, B, C, t.D, t.dt_bias, scans.count_documents(t.document_start), True)
-    y, out, squares = x.new_empty(x.shape), x.new_empty(batch, length, len(t.norm_weight)), None
+    y, out, squares = x.new_empty(x.shape), x.new_empty(z.shape), None
     ssm_state, states = scans.forward_into(scan, t.ssm_state, ranks, y)
+    rows = as_rows(y.flatten(2)), as_rows(z), t.norm_weight.contiguous()
     if sum_parts is not None:
         here = t.room_for_rows()
-        norm.forward_into(*t.norm(y), None, here, t.group_size, t.eps)
+        norm.forward_into(*rows, None, here, t.group_size, t.eps)
         squares = sum_parts(here).contiguous()
-    norm.forward_into(*t.norm(y), as_rows(out), squares, t.group_size, t.eps)
+    norm.forward_into(*rows, as_rows(out), squares, t.group_size, t.eps)
     return Outputs(out, conv_state, ssm_state, convolved, y, *scan.kept, states, squares)
 
 
@@ -93,28 +86,26 @@ def backward(
     ranks: SequenceRanks | None, sum_parts: SumParts | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of the first nine inputs; empty for states that are None."""
-    t = t._replace(packed=unit_stride(t.packed))
+    z, conv_in, dt = split_packed(unit_stride(t.packed), t.conv_weight, t.A)
     g_packed, g_weight, g_bias, g_norm = (
         torch.empty(of.shape, dtype=of.dtype, device=of.device) for of in (t.packed, t.conv_weight, t.conv_bias, t.norm_weight)
     )
     g_z, g_conv_in, g_dt = split_packed(g_packed, t.conv_weight, t.A)
-    g_y, g_convolved, projections, g_out = torch.empty_like(kept.y), torch.empty_like(kept.convolved), None, as_rows(g_out)
+    g_y, g_convolved, projections = torch.empty_like(kept.y), torch.empty_like(kept.convolved), None
+    rows = as_rows(kept.y.flatten(2)), as_rows(z), t.norm_weight.contiguous(), as_rows(g_out)
     if sum_parts is not None:
         here = t.room_for_rows()
-        norm.backward_into(*t.norm(kept.y), g_out, None, None, None, kept.squares, here, t.group_size, t.eps)
+        norm.backward_into(*rows, None, None, None, kept.squares, here, t.group_size, t.eps)
         projections = sum_parts(here).contiguous()
-    norm.backward_into(
-        *t.norm(kept.y), g_out, as_rows(g_y.flatten(2)), as_rows(g_z), g_norm, kept.squares, projections, t.group_size, t.eps
-    )
+    norm.backward_into(*rows, as_rows(g_y.flatten(2)), as_rows(g_z), g_norm, kept.squares, projections, t.group_size, t.eps)
     x, B, C = split_convolved(kept.convolved, t.norm_weight, t.A, t.state_size)
     g_x, g_B, g_C = split_convolved(g_convolved, t.norm_weight, t.A, t.state_size)
-    _, _, dt = split_packed(t.packed, t.conv_weight, t.A)
     scan = scans.Scan(x, B, C, t.A, t.D, (kept.step, kept.cs, kept.lo), scans.count_documents(t.document_start))
     g = scans.Gradients(g_x, g_dt, g_B, g_C)
     sums, g_initial = scans.backward_into(scan, kept.states, g, dt, t.dt_bias, True, g_y, g_ssm_state, ranks)
     g_before = None if t.conv_state is None else t.conv_state.new_empty(t.conv_state.shape)
     convolution.backward_into(
-        *t.convolution(), g_convolved, contiguous(g_conv_state), g_conv_in, g_weight, g_bias, g_before
+        conv_in, *t.filter(), g_convolved, contiguous(g_conv_state), g_conv_in, g_weight, g_bias, g_before
     )
     g_A, g_dt_bias, g_D = sums.unbind()
     of_heads, none = (g_A.to(t.A.dtype), g_D.to(t.D.dtype), g_dt_bias.to(t.dt_bias.dtype)), t.packed.new_empty(0)
@@ -135,7 +126,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     _, _, dt = split_packed(t.packed, t.conv_weight, t.A)
     y, ssm_state, *kept = scans.forward_fake(x, dt, t.A, B, C, t.D, t.dt_bias, t.ssm_state, t.document_start, True)
     conv_state = t.packed.new_empty(batch, width - 1, channels)
-    return x.new_empty(batch, length, len(t.norm_weight)), conv_state, ssm_state, convolved, y, *kept
+    return x.new_empty(batch, length, t.norm_weight.shape[0]), conv_state, ssm_state, convolved, y, *kept
 
 
 def _backward(
@@ -170,7 +161,7 @@ def _autograd(
 
 
 def _zeros_like_out(t: Inputs) -> Tensor:
-    return t.packed.new_zeros(*t.packed.shape[:2], len(t.norm_weight))
+    return t.packed.new_zeros(*t.packed.shape[:2], t.norm_weight.shape[0])
 
 
 _INPUTS = (

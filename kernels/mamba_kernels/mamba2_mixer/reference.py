@@ -32,14 +32,15 @@ def mamba2_mixer(
 
 def split_packed(packed: Tensor, conv_weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z [B, S, E], the convolution's input [B, S, K] and dt [B, S, H], views of packed."""
-    channels, heads = len(conv_weight), len(A)
-    z, conv_in, dt = packed.split([packed.shape[2] - channels - heads, channels, heads], dim=2)
+    channels, heads = conv_weight.shape[0], A.shape[0]
+    z, conv_in, dt = packed.split_with_sizes([packed.shape[2] - channels - heads, channels, heads], 2)
     return z, conv_in, dt
 
 
 def split_convolved(convolved: Tensor, norm_weight: Tensor, A: Tensor, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, S, H, P], B and C [B, S, G, N], views of [B, S, K]."""
-    inner = len(norm_weight)
-    of_group = (convolved.shape[2] - inner) // 2
-    x, B, C = convolved.split([inner, of_group, of_group], dim=2)
-    return x.unflatten(2, (len(A), -1)), B.unflatten(2, (-1, state_size)), C.unflatten(2, (-1, state_size))
+    (batch, length, channels), inner, heads = convolved.shape, norm_weight.shape[0], A.shape[0]
+    of_group = (channels - inner) // 2
+    x, B, C = convolved.split_with_sizes([inner, of_group, of_group], 2)
+    groups = (batch, length, of_group // state_size, state_size)
+    return x.view(batch, length, heads, inner // heads), B.view(groups), C.view(groups)

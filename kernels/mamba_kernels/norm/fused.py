@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import as_rows, contiguous
+from mamba_kernels.common import as_rows, cdiv, contiguous, next_power_of_2
 
 
 def block_meta(
@@ -146,7 +146,7 @@ def sum_rows_into(partials_RN: Tensor, first: Tensor, second: Tensor | None = No
     """
     rows, columns = partials_RN.shape
     meta = {"BLOCK_R": 128, "BLOCK_N": 32, "num_warps": 4} if rows > 64 else {"BLOCK_R": 32, "BLOCK_N": 128, "num_warps": 4}
-    grid = (triton.cdiv(columns, meta["BLOCK_N"]),)
+    grid = (cdiv(columns, meta["BLOCK_N"]),)
     launch(_sum_rows_kernel, grid, partials_RN, first, second, rows, first.numel(), columns, **meta)
 
 
@@ -159,10 +159,10 @@ def forward_into(
     layer: bool, one_plus: bool,
 ) -> None:  # fmt: skip
     """Write the norm of [T, D] into `out` [T, D], and with `residual` the sum into `h` [T, D]."""
-    (tokens, columns), block = x.shape, triton.next_power_of_2(x.shape[1])
+    (tokens, columns), block = x.shape, next_power_of_2(x.shape[1])
     meta = FORWARD(x.dtype, block)
     launch(
-        _norm_kernel, (min(triton.cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"]),),
+        _norm_kernel, (min(cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"]),),
         x, residual, weight, bias, out, h, tokens, columns, *(_row_stride(t) for t in (x, residual, out, h)), float(eps),
         LAYER=layer, ONE_PLUS=one_plus, BLOCK_D=block, **_without_programs(meta),
     )  # fmt: skip
@@ -176,9 +176,9 @@ def backward_into(
 
     `h` is what was normalised, `g_h` the gradient it has from elsewhere.
     """
-    (tokens, columns), block = h.shape, triton.next_power_of_2(h.shape[1])
+    (tokens, columns), block = h.shape, next_power_of_2(h.shape[1])
     meta = BACKWARD(h.dtype, block)
-    programs = min(triton.cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"])
+    programs = min(cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"])
     partials = torch.empty(programs, columns * (1 if g_bias is None else 2), dtype=torch.float32, device=h.device)
     launch(
         _norm_backward_kernel, (programs,), h, weight, g_out, g_h, g_x, g_residual, partials, tokens, columns,

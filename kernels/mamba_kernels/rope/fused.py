@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import unit_stride
+from mamba_kernels.common import cdiv, next_power_of_2, unit_stride
 
 
 def _candidates(dtype: torch.dtype, half: int) -> list[Meta]:
@@ -81,13 +81,13 @@ def _rope_tables_kernel(
 def rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, backward: bool) -> None:
     """Write x [B, S, H, P] turned by the angles of cos and sin [S, half] or [B, S, half], or turned back, into `out`."""
     (batch, length, heads, dim), half = x.shape, cos.shape[-1]
-    rows, block, rest = batch * length * heads, triton.next_power_of_2(half), dim - 2 * half
+    rows, block, rest = batch * length * heads, next_power_of_2(half), dim - 2 * half
     meta = ROTATE(x.dtype, block)
     table_strides = (stride for t in (cos, sin) for stride in (0 if t.dim() == 2 else t.stride(0), t.stride(-2)))
     launch(
-        _rope_kernel, (triton.cdiv(rows, meta["ROWS"]),), x, cos, sin, out, rows, length, heads, dim, half,
+        _rope_kernel, (cdiv(rows, meta["ROWS"]),), x, cos, sin, out, rows, length, heads, dim, half,
         *x.stride()[:3], *out.stride()[:3], *table_strides,
-        BACKWARD=backward, BLOCK_HALF=block, BLOCK_REST=triton.next_power_of_2(rest) if rest else 0, **meta,
+        BACKWARD=backward, BLOCK_HALF=block, BLOCK_REST=next_power_of_2(rest) if rest else 0, **meta,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def tables_into(x: Tensor, g_out: Tensor, g_cos: Tensor, g_sin: Tensor) -> None:
     rows, half = g_cos.numel() // g_cos.shape[-1], g_cos.shape[-1]
     launch(
         _rope_tables_kernel, (rows,), x, g_out, g_cos, g_sin, batch if g_cos.dim() == 2 else 1, length, heads, half,
-        *x.stride()[:3], *g_out.stride()[:3], BLOCK_HALF=triton.next_power_of_2(half), num_warps=1,
+        *x.stride()[:3], *g_out.stride()[:3], BLOCK_HALF=next_power_of_2(half), num_warps=1,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import SequenceRanks, contiguous, start_gradient_after, start_state_before, unit_stride
+from mamba_kernels.common import SequenceRanks, cdiv, contiguous, start_gradient_after, start_state_before, unit_stride
 from mamba_kernels.selective_scan import fused
 from mamba_kernels.selective_scan.reference import halves, total_decay
 
@@ -23,13 +23,9 @@ MULTIPROCESSORS = 132  # Of the GPU the kernels were tuned on; with more or fewe
 WINDOW_BYTES = 1 << 30  # Of what a window writes between kernels.
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def padded(state_size: int) -> int:
     """The state dimensions worked with: whole parts of COLUMNS."""
-    return _ceil(state_size, COLUMNS) * COLUMNS
+    return cdiv(state_size, COLUMNS) * COLUMNS
 
 
 def segment_tokens(state_size: int) -> int:
@@ -86,7 +82,7 @@ class Inputs(NamedTuple):
     @property
     def blocks(self) -> int:
         """K, of channels."""
-        return _ceil(self.x.shape[2], BLOCK)
+        return cdiv(self.x.shape[2], BLOCK)
 
     @property
     def states(self) -> int:
@@ -168,17 +164,17 @@ def _out_of_blocks(t: Inputs, blocks: Tensor, state: Tensor) -> None:
 def _chunk_tokens(t: Inputs, meta: Meta) -> int:
     """Tokens of a chunk, whole segments: so many chunks that all programs run at once, and fill the GPU if they can."""
     batch, length, _, _ = t.sizes
-    segments = _ceil(length, t.segment)
+    segments = cdiv(length, t.segment)
     chunks = MULTIPROCESSORS * meta["PER_PROCESSOR"] // (batch * t.blocks * t.parts)
-    return _ceil(segments, min(max(chunks, 1), segments)) * t.segment
+    return cdiv(segments, min(max(chunks, 1), segments)) * t.segment
 
 
 def _windows(t: Inputs, bytes_per_token: int) -> list[slice]:
     """Even pieces of the sequences, of whole segments, none of which writes more than WINDOW_BYTES."""
     batch, length, _, _ = t.sizes
-    segments = _ceil(length, t.segment)
-    count = min(_ceil(batch * length * bytes_per_token, WINDOW_BYTES), segments)
-    tokens = _ceil(segments, count) * t.segment
+    segments = cdiv(length, t.segment)
+    count = min(cdiv(batch * length * bytes_per_token, WINDOW_BYTES), segments)
+    tokens = cdiv(segments, count) * t.segment
     return [slice(first, min(first + tokens, length)) for first in range(0, length, tokens)]
 
 
@@ -192,12 +188,12 @@ def _backward_windows(t: Inputs) -> list[slice]:
 
 def _prepare(t: Inputs, backward: bool) -> _Prepared:
     batch, length, channels, state_size = t.sizes
-    padded_length = _ceil(length, STEPS) * STEPS
+    padded_length = cdiv(length, STEPS) * STEPS
     step, A = t.new(batch, t.blocks, padded_length, BLOCK), t.new(t.blocks, t.states, BLOCK)
     rows = t.new(2, batch, padded_length, t.states)
     columns = t.new(batch, padded_length, 2 * t.states) if backward else rows
     launch(
-        fused.prepare_kernel, (_ceil(length, t.segment), t.blocks + 1, batch), t.dt, t.dt_bias, t.A, t.B, t.C, step, A, rows,
+        fused.prepare_kernel, (cdiv(length, t.segment), t.blocks + 1, batch), t.dt, t.dt_bias, t.A, t.B, t.C, step, A, rows,
         columns, length, channels, state_size, padded_length, *_strides(t.dt, 2), *t.A.stride(), *_strides(t.B, 2),
         *_strides(t.C, 2), BIAS=t.dt_bias is not None, SOFTPLUS=t.softplus, BACKWARD=backward, SEGMENT=t.segment, NT=t.states,
         ROWS=32, num_warps=4,
@@ -208,7 +204,7 @@ def _prepare(t: Inputs, backward: bool) -> _Prepared:
 def _chunk_states(t: Inputs, p: _Prepared, g_y: Tensor | None, tokens: int, meta: Meta) -> tuple[Tensor, Tensor]:
     """What chunks leave of a zero state [B, C, K, N, BLOCK], or its gradient from that of y, and the sums of their dt."""
     batch, length, channels, _ = t.sizes
-    chunks, source, starts = _ceil(length, tokens), t.x if g_y is None else g_y, t.document_start
+    chunks, source, starts = cdiv(length, tokens), t.x if g_y is None else g_y, t.document_start
     states, sums = t.new(batch, chunks, t.blocks, t.states, BLOCK), t.new(batch, chunks, t.blocks, BLOCK)
     launch(
         fused.chunk_kernel, (t.blocks, chunks, batch * t.parts), source, p.step, starts, p.A, p.rows[0 if g_y is None else 1],
@@ -262,7 +258,7 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     batch, length, channels, state_size = t.sizes
     p, meta, starts = _prepare(t, backward=False), SCAN(state_size), t.document_start
     tokens = _chunk_tokens(t, meta)
-    chunks, before = _ceil(length, tokens), begin
+    chunks, before = cdiv(length, tokens), begin
     if chunks > 1:
         before, sums = _chunk_states(t, p, None, tokens, meta)
         _carry(t, p, before, sums, begin, end, reverse=False, store=True)
@@ -277,7 +273,7 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     )  # fmt: skip
     if t.parts > 1:
         launch(
-            fused.sum_parts_kernel, (_ceil(length, 32), t.blocks, batch), of_parts, y, length, channels, t.parts, *_strides(y, 2),
+            fused.sum_parts_kernel, (cdiv(length, 32), t.blocks, batch), of_parts, y, length, channels, t.parts, *_strides(y, 2),
             ROWS=32, num_warps=4,
         )  # fmt: skip
 
@@ -287,8 +283,8 @@ def backward_into(t: Inputs, kept: Tensor, g_y: Tensor, g_final: Tensor | None, 
     batch, length, channels, state_size = t.sizes
     windows, meta = _backward_windows(t), GRADIENT(state_size)
     tokens = [_chunk_tokens(t.tokens(window), meta) for window in windows]
-    chunks = [_ceil(w.stop - w.start, size) for w, size in zip(windows, tokens, strict=True)]
-    segments, last, begin = _ceil(length, t.segment), sum(chunks), _in_blocks(t, g_final)
+    chunks = [cdiv(w.stop - w.start, size) for w, size in zip(windows, tokens, strict=True)]
+    segments, last, begin = cdiv(length, t.segment), sum(chunks), _in_blocks(t, g_final)
     # What chunks have in the gradient of A, and segments in those of D and dt_bias: of all windows one after the other.
     g_state_and_A = t.new(batch * last, t.blocks, t.parts, 2, COLUMNS, BLOCK)
     g_D, g_bias = t.new(batch * segments, t.blocks, BLOCK), t.new(batch * segments, t.blocks, BLOCK)
@@ -316,7 +312,7 @@ def _backward_window(
     """`shares`: of the window's chunks in the gradient of A (beside that of the state), of its segments in those of D and bias."""
     batch, length, channels, state_size = t.sizes
     p, starts, (g_state_and_A, g_D, g_bias) = _prepare(t, backward=True), t.document_start, shares
-    chunks, padded_length, after = _ceil(length, tokens), p.rows.shape[2], begin
+    chunks, padded_length, after = cdiv(length, tokens), p.rows.shape[2], begin
     if chunks > 1:
         after, sums = _chunk_states(t, p, g_y, tokens, SCAN(state_size))
         _carry(t, p, after, sums, begin, None, reverse=True, store=True)
@@ -331,14 +327,14 @@ def _backward_window(
         AHEAD=meta["AHEAD"], num_warps=1,
     )  # fmt: skip
     launch(
-        fused.finish_kernel, (_ceil(length, t.segment), t.blocks, batch), t.x, t.dt, t.dt_bias, t.D, g_y, over_states, g.x, g.dt,
+        fused.finish_kernel, (cdiv(length, t.segment), t.blocks, batch), t.x, t.dt, t.dt_bias, t.D, g_y, over_states, g.x, g.dt,
         g_D, g_bias, length, channels, padded_length, t.parts, *_strides(t.x, 2), *_strides(t.dt, 2), *_strides(g_y, 2),
         *_strides(g.x, 2), *_strides(g.dt, 2), SKIP=t.D is not None, BIAS=t.dt_bias is not None, SOFTPLUS=t.softplus,
         SEGMENT=t.segment, ROWS=16, num_warps=4,
     )  # fmt: skip
     width = 512
     launch(
-        fused.sum_shares_kernel, (_ceil(padded_length * t.states, width), 2, batch), of_B_and_C, g.B, g.C, length, state_size,
+        fused.sum_shares_kernel, (cdiv(padded_length * t.states, width), 2, batch), of_B_and_C, g.B, g.C, length, state_size,
         padded_length, t.blocks, *_strides(g.B, 2), *_strides(g.C, 2), NT=t.states, WIDTH=width, DEPTH=8, num_warps=4,
     )  # fmt: skip
 
@@ -346,7 +342,7 @@ def _backward_window(
 def _kept_shape(x: Tensor, A: Tensor) -> tuple[int, ...]:
     """The states before segments, [B, S / segment, K, N, BLOCK]."""
     batch, length, channels = x.shape
-    return batch, _ceil(length, segment_tokens(A.shape[1])), _ceil(channels, BLOCK), padded(A.shape[1]), BLOCK
+    return batch, cdiv(length, segment_tokens(A.shape[1])), cdiv(channels, BLOCK), padded(A.shape[1]), BLOCK
 
 
 def _forward(

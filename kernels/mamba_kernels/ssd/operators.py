@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import SequenceRanks, contiguous, start_gradient_after, start_state_before, unit_stride
+from mamba_kernels.common import (
+    SequenceRanks,
+    cdiv,
+    contiguous,
+    next_power_of_2,
+    start_gradient_after,
+    start_state_before,
+    unit_stride,
+)
 from mamba_kernels.ssd import fused
 from mamba_kernels.ssd.reference import halves, over_state
 
@@ -82,7 +90,7 @@ class Scan:
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.state_size = B.shape[2:]
         self.per_group, self.chunk = self.heads // self.groups, chunk_length(x.dtype)
-        self.chunks = -(-self.length // self.chunk)
+        self.chunks = cdiv(self.length, self.chunk)
         padded_p, padded_n = padded(self.head_dim), padded(self.state_size)
         self.key = (x.dtype, padded_p, padded_n)
         # Enough programs to fill a GPU, by sharing out the heads of a group; what they add up is then summed.
@@ -134,7 +142,7 @@ def of_heads(t: Tensor, heads: slice) -> Tensor:
 
 def padded(size: int) -> int:
     """The power of two, at least 16, that holds a dimension of a matrix product."""
-    return max(1 << (size - 1).bit_length(), 16)
+    return max(next_power_of_2(size), 16)
 
 
 def count_documents(document_start: Tensor | None) -> Tensor | None:
@@ -153,7 +161,7 @@ def prepare(
     scan = Scan(x, B, C, A, D, (step, cs, lo), document)
     block, dt = min(32, padded(heads)), unit_stride(dt)
     launch(
-        fused.decays_kernel, (batch * scan.chunks, -(-heads // block)),
+        fused.decays_kernel, (batch * scan.chunks, cdiv(heads, block)),
         dt, contiguous(dt_bias), scan.A, step, cs, lo, length, heads, scan.chunks, dt.stride(0), dt.stride(1),
         SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, PRECISE=x.dtype == torch.float32, Q=scan.chunk, BH=block, num_warps=4,
     )  # fmt: skip
@@ -177,12 +185,12 @@ def sweep(
     v, w = (scan.x, scan.B) if g_y is None else (g_y, scan.C)
     waves = 1 if scan.batch * scan.heads <= MULTIPROCESSORS else 2
     meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key, waves)
-    tiles = -(-scan.head_dim // meta["BP"]) * -(-scan.state_size // meta["BN"])
+    tiles = cdiv(scan.head_dim, meta["BP"]) * cdiv(scan.state_size, meta["BN"])
     programs = tiles * scan.batch * scan.heads
     # A second pass costs more than some idle multiprocessors.
-    parts = 1 if 2 * programs >= MULTIPROCESSORS else min(2 * MULTIPROCESSORS // programs, -(-scan.chunks // 4))
-    segment = -(-scan.chunks // parts)
-    parts = -(-scan.chunks // segment)
+    parts = 1 if 2 * programs >= MULTIPROCESSORS else min(2 * MULTIPROCESSORS // programs, cdiv(scan.chunks, 4))
+    segment = cdiv(scan.chunks, parts)
+    parts = cdiv(scan.chunks, segment)
     decay = scan.new(scan.batch, parts, scan.heads)
     log_decay = scan.new(tiles, scan.batch, scan.heads, scan.chunks) if reverse and states is not None else decay
     sizes = (scan.length, scan.heads, scan.per_group, scan.head_dim, scan.state_size, scan.chunks, segment)
@@ -204,7 +212,7 @@ def sweep(
     starts, final = torch.empty_like(ends), scan.new(scan.batch, scan.heads, scan.head_dim, scan.state_size)
     elements = scan.head_dim * scan.state_size
     launch(
-        fused.carry_kernel, (scan.batch * scan.heads, -(-elements // 1024)),
+        fused.carry_kernel, (scan.batch * scan.heads, cdiv(elements, 1024)),
         start, ends, decay, starts, final, scan.heads, elements, parts,
         REVERSE=reverse, HAS_FROM=start is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
@@ -268,7 +276,7 @@ def write_gradients(
         g.C.copy_(g_C.sum(0))
     sums, block, log_decay = scan.new(3, batch * scan.chunks, heads), min(16, padded(heads)), swept.log_decay
     launch(
-        fused.dt_gradient_kernel, (batch * scan.chunks, -(-heads // block)),
+        fused.dt_gradient_kernel, (batch * scan.chunks, cdiv(heads, block)),
         dt, contiguous(dt_bias), scan.A, scan.kept[0], g_start, g_inside, g_row, g_end, g_after, g_step, g_D, log_decay, g.dt, sums,
         scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
         dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.of_decays[0], sums.stride(0),

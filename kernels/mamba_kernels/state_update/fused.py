@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamba_kernels.activation.fused import sigmoid, softplus
 from mamba_kernels.backend import Meta, Tunable, launch, register
+from mamba_kernels.common import cdiv, next_power_of_2
 
 
 def _tiles(*shapes: tuple[int, int]) -> list[Meta]:
@@ -126,10 +127,10 @@ def _ssd_step(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta = SSD(N)
     launch(
-        _ssd_step_kernel, (triton.cdiv(P, meta["ROWS"]), heads, batch), state, x, dt, A, B, C, D, dt_bias, y, P, N,
+        _ssd_step_kernel, (cdiv(P, meta["ROWS"]), heads, batch), state, x, dt, A, B, C, D, dt_bias, y, P, N,
         heads // B.shape[1], *state.stride(), *x.stride(), *dt.stride(), *B.stride(), *C.stride(), A.stride(0),
         _stride(D), _stride(dt_bias), *y.stride()[:2],
-        SOFTPLUS=dt_softplus, STATE=triton.next_power_of_2(N), **meta,
+        SOFTPLUS=dt_softplus, STATE=next_power_of_2(N), **meta,
     )  # fmt: skip
     return y
 
@@ -142,10 +143,10 @@ def _selective_scan_step(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta = SCAN(N)
     launch(
-        _scan_step_kernel, (triton.cdiv(channels, meta["ROWS"]), batch), state, x, dt, A, B, C, D, dt_bias, y, channels, N,
+        _scan_step_kernel, (cdiv(channels, meta["ROWS"]), batch), state, x, dt, A, B, C, D, dt_bias, y, channels, N,
         *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), _stride(D),
         _stride(dt_bias), y.stride(0),
-        SOFTPLUS=dt_softplus, STATE=triton.next_power_of_2(N), **meta,
+        SOFTPLUS=dt_softplus, STATE=next_power_of_2(N), **meta,
     )  # fmt: skip
     return y
 
@@ -155,7 +156,7 @@ def _causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta = CONV(x.dtype)
     launch(
-        _conv_step_kernel, (triton.cdiv(channels, meta["ROWS"]), batch), state, x, weight, bias, y, channels,
+        _conv_step_kernel, (cdiv(channels, meta["ROWS"]), batch), state, x, weight, bias, y, channels,
         *state.stride(), *x.stride(), *weight.stride(), _stride(bias), y.stride(0), SILU=silu, W=weight.shape[1], **meta,
     )  # fmt: skip
     return y
