@@ -11,6 +11,9 @@ import pytest
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Read once a process, before its first matrix product on a GPU: what torch's deterministic mode asks for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Asking whether there is a GPU must not initialise CUDA, which forked ranks could not do again.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 

@@ -78,7 +78,7 @@ def register(
     torch.library.impl(qualified, ("cuda", "cpu"), run)
     torch.library.register_fake(qualified, fake)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        torch.library.register_autograd(qualified, once_differentiable(backward), setup_context=setup_context)
     KERNELS[name] = run
     operator: Callable[..., Any] = getattr(torch.ops.mamba_kernels, name).default
     function = None if backward is None else _function(name, run, setup_context, backward)
@@ -176,11 +176,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
         if compiled is not None:  # The interpreter compiles nothing.
             constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
             # What a compiled kernel's own __getitem__ calls; the three are hooks of Triton's profiler and what they are told.
-            _compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), constants
+            _compiled[key] = compiled, (compiled.function, compiled.packed_metadata, None, None, None), constants
         return
-    run, of_kernel, constants = found
+    compiled, of_kernel, constants = found
     stream = torch._C._cuda_getCurrentRawStream(first.get_device())
-    run(*(*grid, 1, 1)[:3], stream, *of_kernel, *addresses, *numbers, *constants)
+    compiled.run(*(*grid, 1, 1)[:3], stream, *of_kernel, *addresses, *numbers, *constants)
 
 
 class Tunable:

@@ -384,3 +384,8 @@ def compile_cases():
     gradients = partial(kernels["ssd_backward"], x, None, x, dt, A, B, C, D, bias, None)
     yield "ssd_backward", lambda: gradients(None, step, step, lo, states, True)
     yield "ssd_backward, documents", lambda: gradients(starts, step, step, lo, states, True)
+    one = [t[:1, :1] for t in (x, dt, B, C)]  # Sizes of 1 are constants, which have no conversions.
+    kept = (draw(1, 128, 1), draw(1, 128, 1), lo, draw(1, 1, 128, 64, 128, dtype=torch.bfloat16))
+    yield "ssd_backward, one token", lambda: kernels["ssd_backward"](
+        one[0], None, one[0], one[1], A, *one[2:], D, bias, None, None, *kept, True
+    )

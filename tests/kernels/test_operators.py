@@ -1,6 +1,7 @@
 """The fused ops as torch.library operators: what modes and compilers see computes what plain calls do."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,10 +61,12 @@ class Names(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
+        self.calls: list[tuple[Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mamba_kernels":
             self.seen.add(func._schema.name.removeprefix("mamba_kernels::"))
+            self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -81,6 +84,17 @@ def test_operator_equals_a_plain_call(name, fused_device):
     assert name in names.seen
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_operators_are_what_their_schemas_say(name, fused_device):
+    """No output shares memory with another or with an input, and fake tensors have the shapes, strides and dtypes of real ones."""
+    op, inputs = OPS[name]
+    with Names() as names:
+        outputs_and_gradients(op, {argument: t.to(fused_device) for argument, t in inputs.items()})
+    assert len(names.calls) >= 2
+    for operator, arguments in names.calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_the_reference_can_be_asked_for(fused_device, monkeypatch):
     monkeypatch.setattr(backend, "FUSED", False)
     for op, inputs in OPS.values():
@@ -94,10 +108,10 @@ def test_no_second_derivative(name, fused_device):
     """Asked for, it is refused: the kernels of a backward pass would give a wrong one in silence."""
     op, inputs = OPS[name]
     leaves = {argument: t.to(fused_device).requires_grad_() for argument, t in inputs.items()}
-    out = op(**leaves)
-    out = out[0] if isinstance(out, tuple) else out
-    for mode in (AllocationWatch(), None):
-        with mode or torch.enable_grad():
+    for mode in (AllocationWatch(), torch.enable_grad()):
+        with mode:
+            out = op(**leaves)
+            out = out[0] if isinstance(out, tuple) else out
             first = torch.autograd.grad(out.sum(), next(iter(leaves.values())), create_graph=True, retain_graph=True)[0]
             with pytest.raises(RuntimeError):
                 torch.autograd.grad(first.sum(), list(leaves.values()), allow_unused=True)

@@ -85,7 +85,8 @@ def backward(
     t: Inputs, kept: Outputs, g_out: Tensor, g_conv_state: Tensor | None, g_ssm_state: Tensor | None,
     ranks: SequenceRanks | None, sum_parts: SumParts | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of the first nine inputs; empty for states that are None."""
+    """The gradients of packed, conv_weight and conv_bias; the sums [3, H] for A, dt_bias and D; the gradient of norm_weight, and
+    those of the states, empty for None."""
     z, conv_in, dt = split_packed(unit_stride(t.packed), t.conv_weight, t.A)
     g_packed, g_weight, g_bias, g_norm = (
         torch.empty(of.shape, dtype=of.dtype, device=of.device) for of in (t.packed, t.conv_weight, t.conv_bias, t.norm_weight)
@@ -107,10 +108,18 @@ def backward(
     convolution.backward_into(
         conv_in, *t.filter(), g_convolved, contiguous(g_conv_state), g_conv_in, g_weight, g_bias, g_before
     )
+    g_initial = t.packed.new_empty(0) if t.ssm_state is None else g_initial
+    return g_packed, g_weight, g_bias, sums, g_norm, t.packed.new_empty(0) if g_before is None else g_before, g_initial
+
+
+def of_inputs(t: Inputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """From what `backward` returns to the gradients of the first nine inputs."""
+    g_packed, g_weight, g_bias, sums, g_norm, g_conv_state, g_ssm_state = gradients
     g_A, g_dt_bias, g_D = sums.unbind()
-    of_heads, none = (g_A.to(t.A.dtype), g_D.to(t.D.dtype), g_dt_bias.to(t.dt_bias.dtype)), t.packed.new_empty(0)
-    g_initial = none if t.ssm_state is None else g_initial.to(t.ssm_state.dtype)
-    return g_packed, g_weight, g_bias, *of_heads, g_norm, none if g_before is None else g_before, g_initial
+    return (
+        g_packed, g_weight, g_bias, g_A.to(t.A.dtype), g_D.to(t.D.dtype), g_dt_bias.to(t.dt_bias.dtype), g_norm,
+        None if t.conv_state is None else g_conv_state, None if t.ssm_state is None else g_ssm_state.to(t.ssm_state.dtype),
+    )  # fmt: skip
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -141,7 +150,11 @@ def _backward_fake(
     g_out: Tensor, g_conv_state: Tensor | None, g_ssm_state: Tensor | None, convolved: Tensor, y: Tensor, step: Tensor, cs: Tensor,
     lo: Tensor, states: Tensor, *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return tuple(y.new_empty(0) if of is None else of.new_empty(of.shape) for of in arguments[:9])
+    t = Inputs._make(arguments)
+    g_packed, g_weight, g_bias, g_norm = (of.new_empty(of.shape) for of in (t.packed, t.conv_weight, t.conv_bias, t.norm_weight))
+    g_before = y.new_empty(0) if t.conv_state is None else t.conv_state.new_empty(t.conv_state.shape)
+    g_initial = y.new_empty(0) if t.ssm_state is None else cs.new_empty(t.ssm_state.shape)
+    return g_packed, g_weight, g_bias, cs.new_empty(3, t.A.shape[0]), g_norm, g_before, g_initial
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -157,7 +170,7 @@ def _autograd(
     inputs, kept = (*tensors[:10], *ctx.options), tensors[10:]
     g_out = _zeros_like_out(Inputs._make(inputs)) if g_out is None else g_out
     gradients = _gradients(g_out, g_conv_state, g_ssm_state, *kept, *inputs)
-    return *(None if of is None else g for of, g in zip(inputs[:9], gradients, strict=True)), *[None] * 4
+    return *of_inputs(Inputs._make(inputs), gradients), *[None] * 4
 
 
 def _zeros_like_out(t: Inputs) -> Tensor:
@@ -169,9 +182,9 @@ _INPUTS = (
     " Tensor? conv_state, Tensor? ssm_state, Tensor? document_start, int state_size, int group_size, float eps"
 )
 _KEPT = "Tensor convolved, Tensor y, Tensor step, Tensor cs, Tensor lo, Tensor states"
-_NINE = f"({', '.join(['Tensor'] * 9)})"
+_SEVEN, _NINE = (f"({', '.join(['Tensor'] * count)})" for count in (7, 9))
 _gradients = register(
-    "mamba2_mixer_backward", f"(Tensor g_out, Tensor? g_conv_state, Tensor? g_ssm_state, {_KEPT}, {_INPUTS}) -> {_NINE}",
+    "mamba2_mixer_backward", f"(Tensor g_out, Tensor? g_conv_state, Tensor? g_ssm_state, {_KEPT}, {_INPUTS}) -> {_SEVEN}",
     _backward, _backward_fake,
 )  # fmt: skip
 _mixer = register(
@@ -211,4 +224,4 @@ class _SpreadMixer(torch.autograd.Function):
         g_out = _zeros_like_out(t) if g_out is None else g_out
         outputs = Outputs._make((g_out, g_out, g_out, *kept, states, squares))
         gradients = backward(t, outputs, g_out, g_conv_state, g_ssm_state, ctx.ranks, ctx.sum_parts)
-        return *(None if of is None else g for of, g in zip(t[:9], gradients, strict=True)), *[None] * 6
+        return *of_inputs(t, gradients), *[None] * 6

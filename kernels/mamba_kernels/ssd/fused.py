@@ -115,8 +115,10 @@ def states_kernel(
     its transpose from the end, g = E_Q g' + sum_i E_i g_y_i C_i^T (v = g_y, w = C). Writes the state that each chunk begins with
     (WRITE), or whose gradient is that of the state after it; and the last one, with the decay over the segment."""
     OPERAND: tl.constexpr = v_ptr.dtype.element_ty
-    tile, b, h, part = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(2)
-    tiles_n, parts = tl.cdiv(N, BN), tl.num_programs(2)
+    tiles_n, parts = tl.cdiv(N, BN), tl.num_programs(1)
+    tiles = tl.cdiv(P, BP) * tiles_n
+    tile, head, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+    b, h, sequences = (head // H).to(tl.int64), head % H, tl.num_programs(0) // (tiles * H)
     p, n, q = (tile // tiles_n) * BP + tl.arange(0, BP), (tile % tiles_n) * BN + tl.arange(0, BN), tl.arange(0, STEP)
     in_state = (p[:, None] < P) & (n[None, :] < N)
     at_state = p[:, None] * N + n[None, :]
@@ -147,7 +149,7 @@ def states_kernel(
             if REVERSE:
                 before = tl.load(before_ptr + at_chunk + at_state, mask=in_state, other=0.0).to(tl.float32)
                 log_decay = decay * tl.sum(tl.sum(state * before, axis=1), axis=0)
-                tl.store(log_decay_ptr + ((tile * (tl.num_programs(1) // H) + b) * H + h) * chunks + c, log_decay)
+                tl.store(log_decay_ptr + ((tile * sequences + b) * H + h) * chunks + c, log_decay)
         state *= decay
         total *= decay
         for i_step in tl.static_range(Q // STEP):
@@ -555,7 +557,7 @@ def dt_gradient_kernel(
     g_a += tl.reshape(halves, (BH, Q))
     for tile in range(tiles):
         g_a += tl.load(log_decay_ptr + tile * s_tile + (b * H + h) * chunks + c, mask=h < H, other=0.0)[:, None]
-    step = tl.load(step_ptr + b * s_cs_b + h[:, None] * S.to(tl.int64) + t[None, :], mask=mask, other=0.0)
+    step = tl.load(step_ptr + b * s_cs_b + h[:, None].to(tl.int64) * S + t[None, :], mask=mask, other=0.0)
     A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     g_dt = g_a * A[:, None] + tl.load(g_step_ptr + at, mask=mask, other=0.0)
     if SOFTPLUS:

@@ -196,9 +196,10 @@ def sweep(
     sizes = (scan.length, scan.heads, scan.per_group, scan.head_dim, scan.state_size, scan.chunks, segment)
 
     def run(start: Tensor | None, states: Tensor | None) -> Tensor:
-        final = scan.new(scan.batch, parts, scan.heads, scan.head_dim, scan.state_size)
+        state = (scan.heads, scan.head_dim, scan.state_size)
+        final = scan.new(scan.batch, *state) if parts == 1 else scan.new(scan.batch, parts, *state)
         launch(
-            fused.states_kernel, (tiles, scan.batch * scan.heads, parts),
+            fused.states_kernel, (tiles * scan.batch * scan.heads, parts),
             v, w, *scan.decays, start, final, states, before, log_decay, decay,
             *sizes, *v.stride()[:3], *w.stride()[:3], *scan.of_decays,
             REVERSE=reverse, HAS_FROM=start is not None, WRITE=states is not None, **scan.constants, **meta,
@@ -207,7 +208,7 @@ def sweep(
 
     start = contiguous(start)
     if parts == 1:
-        return Sweep(run(start, states).squeeze(1), decay, log_decay)
+        return Sweep(run(start, states), decay, log_decay)
     ends = run(None, None)
     starts, final = torch.empty_like(ends), scan.new(scan.batch, scan.heads, scan.head_dim, scan.state_size)
     elements = scan.head_dim * scan.state_size
