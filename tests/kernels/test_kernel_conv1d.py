@@ -269,5 +269,4 @@ def compile_cases():
     yield "forward", lambda: forward(x, weight, bias, None, None, True)
     yield "forward, documents", lambda: forward(x, weight, bias, initial, starts, True)
     yield "backward", lambda: backward(x, weight, bias, None, None, torch.empty_like(x), None, True)
-    yield "backward, documents", lambda: backward(x, weight, bias, None, starts, torch.empty_like(x), None, True)
     yield "backward, all", lambda: backward(x, weight, bias, initial, starts, torch.empty_like(x), initial, True)

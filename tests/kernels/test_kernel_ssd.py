@@ -384,8 +384,8 @@ def compile_cases():
     gradients = partial(kernels["ssd_backward"], x, None, x, dt, A, B, C, D, bias, None)
     yield "ssd_backward", lambda: gradients(None, step, step, lo, states, True)
     yield "ssd_backward, documents", lambda: gradients(starts, step, step, lo, states, True)
-    one = [t[:1, :1] for t in (x, dt, B, C)]  # Sizes of 1 are constants, which have no conversions.
-    kept = (draw(1, 128, 1), draw(1, 128, 1), lo, draw(1, 1, 128, 64, 128, dtype=torch.bfloat16))
-    yield "ssd_backward, one token", lambda: kernels["ssd_backward"](
-        one[0], None, one[0], one[1], A, *one[2:], D, bias, None, None, *kept, True
-    )
+    # Sizes of 1 are constants, which have no conversions.
+    x, dt, B = draw(1, 1, 2, 16, dtype=torch.bfloat16), draw(1, 1, 2), draw(1, 1, 1, 16, dtype=torch.bfloat16)
+    kept = (draw(1, 2, 1), draw(1, 2, 1), lo, draw(1, 1, 2, 16, 16, dtype=torch.bfloat16))
+    arguments = (x, None, x, dt, draw(2), B, B, None, None, None, None, *kept, True)
+    yield "ssd_backward, one token", lambda: kernels["ssd_backward"](*arguments)
