@@ -56,7 +56,7 @@ def test_kill_at_every_system_call_of_a_save(tmp_path: Path) -> None:
     of the same step."""
     template = tmp_path / "template"
     save_steps(template, 1, 2)
-    done = mp.get_context("fork").Value("i", 0)
+    done = mp.get_context("fork").Value("i", 0, lock=False)
 
     def saves(directory: Path, fatal: int) -> None:
         calls, sync = itertools.count(), os.fsync
@@ -107,7 +107,8 @@ def test_kill_at_every_system_call_of_a_save(tmp_path: Path) -> None:
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     rng = random.Random(0)
     shapes = {"w": (256, 1024), "v": (1000,)}
-    done = mp.get_context("fork").Value("i", 0)
+    # Without a lock: a child that is killed while it holds one takes it along.
+    done = mp.get_context("fork").Value("i", 0, lock=False)
     in_a_save = 0
     for _ in range(10):
         start = done.value
