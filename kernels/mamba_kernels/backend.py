@@ -2,7 +2,7 @@
 
 A fused op is a `torch.library` operator `mamba_kernels::<name>`: torch.compile keeps it whole, meta and fake tensors go through
 it, and its backward pass is made of operators too. On plain tensors the same functions are called without torch's dispatcher,
-which takes longer than a kernel. This module does not import Triton; only the `fused` modules do.
+which costs host time at every call. This module does not import Triton; only the `fused` modules do.
 """
 
 import importlib.util

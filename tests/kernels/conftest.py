@@ -30,3 +30,10 @@ def fused_device(monkeypatch):
     if not HAS_GPU:
         monkeypatch.setattr(backend, "INTERPRETED", True)
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nothing was written to holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))

@@ -119,13 +119,6 @@ def test_keeps_only_inputs():
     assert saved_elements(partial(causal_conv1d, activation="silu", return_final_state=True), inputs) == 0
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nothing was written to holds NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-
-
 @contextmanager
 def sliding(tokens, unroll, block=8):
     """Programs of so many tokens."""

@@ -59,13 +59,6 @@ def make_inputs(*shape, device="cpu", dtype=torch.float64):
     return {"y": draw(*shape, CHANNELS), "z": draw(*shape, CHANNELS, seed=1), "weight": draw(CHANNELS)}
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nothing was written to holds NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-
-
 @contextmanager
 def looping():
     """Two programs a group, of four rows at a time."""

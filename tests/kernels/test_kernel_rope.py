@@ -80,13 +80,6 @@ def test_low_precision(dtype, tolerance, device):
     assert_close(got, outputs_and_gradients(oracle, in_float64(inputs)), tolerance)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nothing was written to holds NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-
-
 @pytest.mark.parametrize("batched", [False, True], ids=["", "batched"])
 @pytest.mark.parametrize("rotary_dim", [2, 6, HEAD_DIM])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_BF16_ROUNDING)])

@@ -106,13 +106,6 @@ def test_updates_a_strided_state_in_place(op, step, case, options, device):
     assert_close({"y": ys, "state": state}, {"y": whole.detach(), "state": whole_state.detach()}, EXACT)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """New memory holds NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
-
-
 def a_few_tokens(case, dtype):
     """Sequences of 3 tokens, parameters and an initial state, whose values are those of `dtype` (float32 for parameters)."""
     sequences, parameters, state_shape = case("cpu", dtype)
