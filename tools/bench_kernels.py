@@ -44,15 +44,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import kernel_timing as timing
 import torch
-from kernel_cases import BOTH, FORWARD, FULL, SECTIONS, TINY, Case, Inputs, Shapes, bind
-from kernel_peers import Peers, keep_configurations
-from kernel_timing import Call, Cell, Clock, Compilation, first_line, recorded, size_of, tensors_in
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import kernel_timing as timing
+from kernel_cases import BOTH, FORWARD, FULL, SECTIONS, TINY, Case, Inputs, Shapes, bind
+from kernel_peers import Peers, keep_configurations
+from kernel_timing import Call, Cell, Clock, Compilation, first_line, recorded, size_of, tensors_in
 from mamba_kernels import backend
 from megatron_mamba.config import ConfigError, Mamba2Config, ModelConfig, ParallelConfig, RecomputeConfig, require
 from megatron_mamba.model.lm import LanguageModel, initialize

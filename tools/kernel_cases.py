@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_timing import Call, tensors_in
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mamba_kernels as ops
+from kernel_timing import Call, tensors_in
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.vocab import cross_entropy
 

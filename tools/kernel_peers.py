@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from kernel_timing import first_line
 
 PACKAGES = ("causal_conv1d", "mamba_ssm")  # The second asks for the first when it is imported.

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 import bench_kernels
 import kernel_cases
 import kernel_peers
 import kernel_timing
-import pytest
-import torch
 from bench_kernels import Bench, Row
 from kernel_cases import BOTH, FORWARD, SECTIONS, TINY, Case
 from kernel_peers import Peers
 from kernel_timing import Cell, Clock
-
 from mamba_kernels import backend
 
 RATES = {"copy bytes/s": 1e6, "matmul FLOP/s": 1e30}
@@ -462,9 +462,8 @@ print([(c.kernel, dict(c.meta)["BLOCK"]) for c in failed], list(failed.values())
 
 def test_recorded_launches_compile_into_the_cache(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
-    )  # fmt: skip
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[('_activation_kernel', 1000)]"), done.stdout
     assert sorted(file.name for file in tmp_path.rglob("*.cubin")) == [

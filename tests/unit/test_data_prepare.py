@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import zstandard
 
+import prepare_data
+import train_tokenizer as train_tokenizer_tool
 from megatron_mamba.data import prepare as module
 from megatron_mamba.data import sources
 from megatron_mamba.data.indexed import DataError, IndexedReader, Metadata, bin_path, idx_path
@@ -206,12 +208,9 @@ def test_full_disk_is_said_and_finished_work_kept(source: Path, tmp_path: Path, 
     assert len(list((tmp_path / "c.shards").glob("*.json"))) >= 3
 
 
-def test_command_lines(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from tools import prepare_data, train_tokenizer
-
+def test_command_lines(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, prefix = str(tmp_path / "m" / "t.model"), str(tmp_path / "p" / "c")
-    assert train_tokenizer.main(["--input", str(source / "text"), "--vocab-size", "290", "--output", model]) == 0
+    assert train_tokenizer_tool.main(["--input", str(source / "text"), "--vocab-size", "290", "--output", model]) == 0
     arguments = ["--input", str(source / "a.jsonl"), "--tokenizer", model, "--output", prefix, "--workers", "1"]
     assert prepare_data.main(arguments) == 0
     assert f"{prefix}: {IndexedReader(prefix).n_documents:,} documents, " in capsys.readouterr().out

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import bench_memory
+import plan
 from megatron_mamba.config import Config, ParallelConfig, TrainerConfig, from_dict
 from megatron_mamba.model import memory
 from megatron_mamba.model.cost import GPUS, Gpu, Mesh, bandwidth
@@ -24,19 +24,12 @@ from megatron_mamba.model.step_memory import step_memory
 from megatron_mamba.parallel.dry_run import Ledger
 from megatron_mamba.train.__main__ import compose_tree
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model=hybrid_tiny", "model.hidden_size=128", "model.mlp.ffn_size=512", "model.vocab_size=1024", "data.seq_length=256",
          "model.attention.n_heads=8", "model.attention.n_kv_heads=4", "model.attention.head_dim=32", "trainer.micro_batch_size=2",
          "model.mamba.d_inner=256", "model.mamba.state_size=8", "model.mamba.dt_rank=16"]  # fmt: skip
 T, D, F, V, Q, K, H = 512, 128, 512, 1024, 256, 128, 8
 SMALL_SCANS = ["model.mamba2.d_inner=128", "model.mamba2.head_dim=16", "model.mamba2.state_size=8"]
 TP2, SP2 = ["parallel.tp=2"], ["parallel.tp=2", "parallel.sequence_parallel=true"]
-
-
-@pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("plan")
 
 
 @cache
@@ -228,13 +221,13 @@ def test_gradients_kept_for_the_last_micro_batch():
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
-def run(plan: Any, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     assert plan.main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_plan_counts_the_hybrid(plan, capsys):
-    result = run(plan, capsys, "model=hybrid_8b", "parallel.tp=4", "data.seq_length=512")
+def test_plan_counts_the_hybrid(capsys):
+    result = run(capsys, "model=hybrid_8b", "parallel.tp=4", "data.seq_length=512")
     per_layer = {kind: part["parameters"] // part["layers"] for kind, part in result["parts"].items() if part["layers"]}
     assert per_layer == {"mamba2": 109_640_064, "attention": 41_947_136, "mlp": 134_221_824}
     assert result["parameters"] == count(from_dict(Config, compose_tree(["model=hybrid_8b"])).model) == 8_654_517_248
@@ -245,17 +238,17 @@ def test_plan_counts_the_hybrid(plan, capsys):
     assert result["memory"]["milestones"]["optimizer"] == pytest.approx(3 * 4 * 8_654_517_248 / 4, rel=1e-3)
 
 
-def test_training_flops_of_the_hybrid(plan, capsys):
-    result = run(plan, capsys, "model=hybrid_8b", "model.pattern=M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-")
+def test_training_flops_of_the_hybrid(capsys):
+    result = run(capsys, "model=hybrid_8b", "model.pattern=M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-")
     assert result["flops_per_token"]["training"] == pytest.approx(46.5e9, rel=2e-3)
     assert result["flops_per_token"]["training with recomputation"] == result["flops_per_token"]["training"]
 
 
-def test_verdict(plan, capsys):
+def test_verdict(capsys):
     shard = ["model=transformer_8b", "recompute=full"]
     # 16 bytes a parameter make 127 GiB, more than one GPU but the largest has.
-    assert run(plan, capsys, *shard)["fits"] == {"a100-40": False, "a100-80": False, "h100": False, "h200": False, "b200": True}
-    result = run(plan, capsys, *shard, "--gpus", "8")
+    assert run(capsys, *shard)["fits"] == {"a100-40": False, "a100-80": False, "h100": False, "h200": False, "b200": True}
+    result = run(capsys, *shard, "--gpus", "8")
     assert result["fits"] == {name: result["memory"]["peak"] <= gpu.usable for name, gpu in GPUS.items()}
     assert result["fits"]["h200"]
     assert not result["fits"]["a100-40"]
@@ -263,10 +256,10 @@ def test_verdict(plan, capsys):
     assert "seconds" not in result
 
 
-def test_traffic_of_data_parallelism(plan, capsys):
+def test_traffic_of_data_parallelism(capsys):
     options = [*SMALL, "model.pattern=----", "parallel.dp_replicate=2", "trainer.global_batch_size=24", "--gpus", "6"]
     weights, apart = 4 * 2 * D * F + 2 * V * D, 5 * D
-    found = run(plan, capsys, *options)
+    found = run(capsys, *options)
     assert found["mesh"] == {"dp_replicate": 2, "dp_shard": 3, "tp": 1, "micro_batches": 2, "cp": 1, "pp": 1}
     # 2 micro-batches gather bf16 over 3 ranks, for the backward pass the layers only; fp32 gradients are scattered once, then
     # summed over 2 replicas.
@@ -280,14 +273,14 @@ def test_traffic_of_data_parallelism(plan, capsys):
     for name, size in expected.items():
         assert found["communication"]["dp, step"][name] == pytest.approx(size, rel=0.01), name
     assert found["communication"]["dp, step"]["all-reduce, parameters kept whole"] == int(2 * (2 / 3 + 1 / 2) * 4 * apart)
-    kept = run(plan, capsys, *options, "parallel.reshard_after_forward=false")
+    kept = run(capsys, *options, "parallel.reshard_after_forward=false")
     assert kept["communication"]["dp, step"]["all-gather, forward"] == pytest.approx(expected["all-gather, forward"] / 2, rel=0.01)
     assert kept["communication"]["dp, step"]["all-gather, backward"] == 0
 
 
-def test_search_lists_what_can_be_trained_fastest_first(plan, capsys):
+def test_search_lists_what_can_be_trained_fastest_first(capsys):
     base = ["model=transformer_8b", "model.pattern=*-*-*-*-"]
-    found = run(plan, capsys, *base, "--search", "8", "--gpu", "a100-40", "--top", "12")
+    found = run(capsys, *base, "--search", "8", "--gpu", "a100-40", "--top", "12")
     assert len(found) == 12
     assert [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
     assert len({row["recompute"] for row in found}) > 1
@@ -295,15 +288,15 @@ def test_search_lists_what_can_be_trained_fastest_first(plan, capsys):
         options = [f"parallel.{name}={row[name]}" for name in ("tp", "cp", "pp", "schedule", "dp_shard", "dp_replicate",
                    "sequence_parallel", "reshard_after_forward")]  # fmt: skip
         options += [f"trainer.micro_batch_size={row['micro_batch_size']}", f"recompute={row['recompute']}"]
-        again = run(plan, capsys, *base, *options, "--gpus", "8", "--gpu", "a100-40")
+        again = run(capsys, *base, *options, "--gpus", "8", "--gpu", "a100-40")
         assert again["fits"] == {"a100-40": True}
         assert (again["memory"]["peak"], sum(again["seconds"].values())) == (row["peak"], pytest.approx(row["seconds"]))
 
 
-def test_search_leaves_out_what_does_not_fit(plan, capsys):
+def test_search_leaves_out_what_does_not_fit(capsys):
     base = ["model=transformer_8b", "model.pattern=*-*-*-*-", "trainer.global_batch_size=8"]
-    large = run(plan, capsys, *base, "--search", "2", "--gpu", "b200", "--top", "1000")
-    small_one = run(plan, capsys, *base, "--search", "2", "--gpu", "a100-40", "--top", "1000")
+    large = run(capsys, *base, "--search", "2", "--gpu", "b200", "--top", "1000")
+    small_one = run(capsys, *base, "--search", "2", "--gpu", "a100-40", "--top", "1000")
     limit = GPUS["a100-40"].usable
     assert 0 < len(small_one) < len(large)
     assert max(row["peak"] for row in small_one) <= limit
@@ -334,7 +327,7 @@ def test_search_passes_over_what_holds_more_than_what_is_too_large():
     ],
     ids=("plan", "search"),
 )
-def test_tables_fit_a_terminal_of_80_columns(plan, capsys, monkeypatch, arguments):
+def test_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch, arguments):
     monkeypatch.setenv("COLUMNS", "80")
     assert plan.main(arguments) == 0
     shown = capsys.readouterr().out
@@ -372,7 +365,7 @@ def test_tables_fit_a_terminal_of_80_columns(plan, capsys, monkeypatch, argument
     ],
     ids=str,
 )
-def test_plan_refuses_what_cannot_be(plan, capsys, arguments, named, remedy):
+def test_plan_refuses_what_cannot_be(capsys, arguments, named, remedy):
     assert plan.main(["model=mamba2_8b", *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -380,16 +373,15 @@ def test_plan_refuses_what_cannot_be(plan, capsys, arguments, named, remedy):
     assert remedy in shown.err
 
 
-def test_a_plan_leaves_the_process_as_it_was(plan, capsys):
+def test_a_plan_leaves_the_process_as_it_was(capsys):
     before = sys.excepthook, torch.nn.functional.scaled_dot_product_attention, memory.mamba_kernels.common.DEVICE_BLOCK_ELEMENTS
-    run(plan, capsys, *SMALL, "data.seq_length=2048")
+    run(capsys, *SMALL, "data.seq_length=2048")
     after = sys.excepthook, torch.nn.functional.scaled_dot_product_attention, memory.mamba_kernels.common.DEVICE_BLOCK_ELEMENTS
     assert after == before
     assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_bench_memory_needs_a_gpu(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    assert importlib.import_module("bench_memory").main(["model=hybrid_tiny"]) == 2
+def test_bench_memory_needs_a_gpu(capsys):
+    assert bench_memory.main(["model=hybrid_tiny"]) == 2
     assert capsys.readouterr().err.startswith("error: trainer.device = 'cuda': no CUDA device")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_plan import ROOT, SMALL, SMALL_SCANS, D, F, K, Q, run, small
+from test_plan import SMALL, SMALL_SCANS, D, F, K, Q, run, small
 
 from harness import on_ranks
 from megatron_mamba.config import Config, ParallelConfig
@@ -21,13 +20,6 @@ from megatron_mamba.model.stages import rank_of
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.dry_run import Ledger, group_names, pipeline_actions
 from megatron_mamba.parallel.fsdp import local
-
-
-@pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("plan")
-
 
 CP4 = ["parallel.cp=4", "data.seq_length=1024"]
 
@@ -138,9 +130,9 @@ def test_orders_do_everything_once(schedule):
     assert all(rank_of(a.stage, layout) == rank for rank, order in enumerate(orders) for a in order)
 
 
-def test_a_pipeline_in_the_plan(plan, capsys):
+def test_a_pipeline_in_the_plan(capsys):
     base = ["model=hybrid_8b", "parallel.pp=4", "parallel.dp_shard=2", "trainer.global_batch_size=64", "--gpu", "h200"]
-    result = run(plan, capsys, *base)
+    result = run(capsys, *base)
     pipeline = result["pipeline"]
     assert (result["gpus"], result["mesh"]["pp"], result["mesh"]["micro_batches"]) == (8, 4, 32)
     assert [stage["layers"] for stage in pipeline["stages"]] == [[0, 16], [16, 32], [32, 49], [49, 56]]
@@ -153,16 +145,16 @@ def test_a_pipeline_in_the_plan(plan, capsys):
     assert result["communication"]["pp, step"] == 32 * 4096 * 4096 * 2
     assert sum(result["seconds"].values()) > result["seconds"]["compute"] > 0
     assert result["seconds"]["waiting for other stages"] > 0
-    zbv = run(plan, capsys, *base, "parallel.schedule=zbv")
+    zbv = run(capsys, *base, "parallel.schedule=zbv")
     assert zbv["pipeline"]["idle"]["stages"] < pipeline["idle"]["stages"]
     assert zbv["seconds"]["waiting for other stages"] < result["seconds"]["waiting for other stages"]
     assert zbv["communication"]["pp, step"] == 2 * 32 * 4096 * 4096 * 2
 
 
-def test_weights_stay_between_backward_passes_of_a_pipeline(plan, capsys):
+def test_weights_stay_between_backward_passes_of_a_pipeline(capsys):
     base = [*SMALL, "model.pattern=--------", "parallel.pp=2", "parallel.dp_shard=2", "trainer.global_batch_size=32"]
-    kept = run(plan, capsys, *base, "parallel.reshard_after_forward=false")["communication"]["dp, step"]
-    again = run(plan, capsys, *base)["communication"]["dp, step"]
+    kept = run(capsys, *base, "parallel.reshard_after_forward=false")["communication"]["dp, step"]
+    again = run(capsys, *base)["communication"]["dp, step"]
     stage = 4 * 2 * D * F
     assert kept["all-gather, backward"] == 0
     # The last rank alternates: a forward pass uses what the backward pass before it left, and gives it up.
@@ -170,17 +162,17 @@ def test_weights_stay_between_backward_passes_of_a_pipeline(plan, capsys):
     assert kept["reduce-scatter"] == again["reduce-scatter"]
 
 
-def test_search_spreads_long_sequences_and_makes_pipelines(plan, capsys):
+def test_search_spreads_long_sequences_and_makes_pipelines(capsys):
     # 1021 words are not shared out over tp.
     base = [*SMALL, "model.pattern=----", "model.vocab_size=1021", "--gpu", "a100-40", "--top", "1000"]
-    long = run(plan, capsys, *base, "--search", "4", "data.seq_length=32768", "trainer.global_batch_size=4")
+    long = run(capsys, *base, "--search", "4", "data.seq_length=32768", "trainer.global_batch_size=4")
     assert {row["cp"] for row in long} == {1, 2, 4}
     assert {row["pp"] for row in long} == {1}
-    nodes = run(plan, capsys, *base, "--search", "16", "trainer.global_batch_size=16")
+    nodes = run(capsys, *base, "--search", "16", "trainer.global_batch_size=16")
     assert {row["pp"] for row in nodes} == {1, 2, 4}
     assert {row["schedule"] for row in nodes if row["pp"] > 1} == {"1f1b", "interleaved", "zbv"}
     assert {row["cp"] for row in nodes} == {1}
     # Shorter sequences are spread where one fits no GPU whole.
     wide = [*base, "model.hidden_size=4096", "model.mlp.ffn_size=131072", "trainer.global_batch_size=8", "--search", "8"]
     for length, sizes in ((32000, {2, 4}), (8000, {1})):
-        assert {row["cp"] for row in run(plan, capsys, *wide, f"data.seq_length={length}")} == sizes
+        assert {row["cp"] for row in run(capsys, *wide, f"data.seq_length={length}")} == sizes
