@@ -6,16 +6,17 @@
 import os
 
 import pytest
-
-# Triton's own functions are made for the interpreter or the compiler when it is first imported, which torch may do.
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ["TRITON_INTERPRET"] = "1"
+import torch
 
 # Read once a process, before its first matrix product on a GPU: what torch's deterministic mode asks for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Asking whether there is a GPU must not initialise CUDA, which forked ranks could not do again.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+# Triton's own functions are made for the interpreter or the compiler when it is first imported, which a model may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

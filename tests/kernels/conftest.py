@@ -3,14 +3,11 @@
 The fused kernels (fixture `fused_device`) run on the CUDA device where there is one, and in Triton's interpreter elsewhere.
 """
 
-import os
-
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # Read when the first kernel is defined.
     import triton_bf16  # noqa: F401
 
 

@@ -330,6 +330,30 @@ def test_fused(case, fused_device, request):
             assert all(torch.equal(again[name], got[name]) for name in got)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+def test_fused_sweeps_two_heads_together(apart, fused_device, monkeypatch):
+    """Several segments, groups and documents; only heads that lie side by side are swept by one program."""
+    from mamba_kernels.ssd import operators
+
+    together = []
+    launch = operators.launch
+    monkeypatch.setattr(operators, "launch", lambda *a, **meta: [launch(*a, **meta), together.append(meta.get("HEADS"))])
+    inputs = fused_inputs(torch.bfloat16, 1, 530, 4, 2, 16, 8, True, fused_device)
+    arguments = {"document_start": document_starts(1, 530, fused_device), "dt_softplus": True}
+
+    def scan(x, **others):
+        x = torch.nn.functional.pad(x, (0, 16))[..., :16] if apart else x
+        return ssd(x, **others, **arguments, return_final_state=True)
+
+    want = outputs_and_gradients(partial(oracle, **arguments), in_float64(inputs))
+    meta = {"STEP": 64, "HEADS": 2, "BP": 16, "BN": 16, "num_warps": 4, "num_stages": 2}
+    with operators.STATES.forced(meta), operators.STATE_GRADIENTS.forced(meta):
+        got = outputs_and_gradients(scan, inputs)
+    assert_close(got, want, FUSED_TOLERANCE[torch.bfloat16])
+    # From a zero state and from what the segments before leave, forward and in reverse, whose input has no gaps.
+    assert [heads for heads in together if heads] == [1 if apart else 2] * 2 + [2] * 2
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_fused_spread_over_ranks(groups, fused_device, monkeypatch):
     """The kernels under the exchange of states: every rank has of its piece what the whole sequence gives."""

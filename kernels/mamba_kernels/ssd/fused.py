@@ -17,6 +17,9 @@ leaves the two blocks on the diagonal, half of a square of Q x Q.
 A long sequence of few heads is swept in segments: each from a zero state, then from what the ones before leave. That is also how
 ranks share a sequence. Decays are kept as base-2 logarithms; for float32 inputs as the sum of two numbers, since the decay of a
 short stretch is a small difference of sums that may be large. `g_` before a name is the gradient of the loss with respect to it.
+
+The loops over chunks and heads say their number of stages themselves: only then does Triton ask ahead for what no matrix product
+reads too, decays for example.
 """
 
 import triton
@@ -109,35 +112,40 @@ def states_kernel(
     v_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
     S, H, K, P, N, chunks, segment, s_v_b, s_v_s, s_v_h, s_w_b, s_w_s, s_w_g, s_cs_b, s_doc_b,
     REVERSE: tl.constexpr, HAS_FROM: tl.constexpr, WRITE: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr,
-    EVEN: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    EVEN: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     """Sweep a [BP, BN] tile of one head's state over the chunks of a segment: h' = E_Q h + sum_j F_j X_j B_j^T (v = x, w = B), or
     its transpose from the end, g = E_Q g' + sum_i E_i g_y_i C_i^T (v = g_y, w = C). Writes the state that each chunk begins with
-    (WRITE), or whose gradient is that of the state after it; and the last one, with the decay over the segment."""
+    (WRITE), or whose gradient is that of the state after it; and the last one, with the decay over the segment. Several HEADS of
+    a group, which then lie side by side in v and have P = BP rows each, share what is read of w."""
     OPERAND: tl.constexpr = v_ptr.dtype.element_ty
     tiles_n, parts = tl.cdiv(N, BN), tl.num_programs(1)
     tiles = tl.cdiv(P, BP) * tiles_n
-    tile, head, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
-    b, h, sequences = (head // H).to(tl.int64), head % H, tl.num_programs(0) // (tiles * H)
-    p, n, q = (tile // tiles_n) * BP + tl.arange(0, BP), (tile % tiles_n) * BN + tl.arange(0, BN), tl.arange(0, STEP)
-    in_state = (p[:, None] < P) & (n[None, :] < N)
+    tile, head, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles * HEADS, tl.program_id(1)
+    b, h, sequences = (head // H).to(tl.int64), head % H, tl.num_programs(0) * HEADS // (tiles * H)
+    rows, q = tl.arange(0, HEADS * BP), tl.arange(0, STEP)
+    k, p, n = rows // BP, (tile // tiles_n) * BP + rows, (tile % tiles_n) * BN + tl.arange(0, BN)
+    in_state = (p[:, None] < HEADS * P) & (n[None, :] < N)
     at_state = p[:, None] * N + n[None, :]
     v_ptr, w_ptr = _at(v_ptr, b, s_v_b, h, s_v_h), _at(w_ptr, b, s_w_b, h // K, s_w_g)
     head = b * s_cs_b + h.to(tl.int64) * S
     ends_at = ((b * parts + part) * H + h) * P * N
-    state = tl.zeros((BP, BN), dtype=tl.float32)
+    state = tl.zeros((HEADS * BP, BN), dtype=tl.float32)
     if HAS_FROM:
         state = tl.load(from_ptr + ends_at + at_state, mask=in_state, other=0.0).to(tl.float32)
-    total = 1.0
+    total = tl.full((HEADS * BP,), 1.0, dtype=tl.float32)
     first = part * segment
     last = tl.minimum(first + segment, chunks)
-    for i in range(last - first):
+    for i in tl.range(0, last - first, num_stages=num_stages):
         c = (first + i).to(tl.int64)
         if REVERSE:
             c = (last - 1 - i).to(tl.int64)
         end = tl.minimum(c * Q + Q, S) - 1
-        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
-        decay = _between(cs_end, lo_end, 0.0, 0.0, PRECISE)
+        decay = tl.zeros((HEADS * BP,), dtype=tl.float32)
+        for i_head in tl.static_range(HEADS):
+            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
+            decay = tl.where(k == i_head, _between(cs_end, lo_end, 0.0, 0.0, PRECISE), decay)
         document_before, document_end = 0, 0
         if HAS_DOCS:
             document_end = tl.load(doc_ptr + b * s_doc_b + end)
@@ -148,29 +156,34 @@ def states_kernel(
             tl.store(states_ptr + at_chunk + at_state, state.to(OPERAND), mask=in_state)
             if REVERSE:
                 before = tl.load(before_ptr + at_chunk + at_state, mask=in_state, other=0.0).to(tl.float32)
-                log_decay = decay * tl.sum(tl.sum(state * before, axis=1), axis=0)
-                tl.store(log_decay_ptr + ((tile * sequences + b) * H + h) * chunks + c, log_decay)
-        state *= decay
+                log_decay = tl.sum(tl.reshape(decay * tl.sum(state * before, axis=1), (HEADS, BP)), axis=1)
+                at = ((tile * sequences + b) * H + h + tl.arange(0, HEADS)) * chunks + c
+                tl.store(log_decay_ptr + at, log_decay)
+        state *= decay[:, None]
         total *= decay
         for i_step in tl.static_range(Q // STEP):
             begin = c * Q + i_step * STEP
             t = begin + q
-            cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
             inside = t < S
             if HAS_DOCS:
                 document = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-1)
                 inside = inside & (document == (document_before if REVERSE else document_end))
-            if REVERSE:
-                scale = _between(cs, lo, 0.0, 0.0, PRECISE)
-            else:
-                scale = _between(cs_end, lo_end, cs, lo, PRECISE) * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-            scale = tl.where(inside, scale, 0.0)
-            v = _rows(v_ptr, q, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
+            scales = tl.zeros((STEP, 1), dtype=tl.float32)
+            for i_head in tl.static_range(HEADS):
+                cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + t, t < S, PRECISE)
+                if REVERSE:
+                    scale = _between(cs, lo, 0.0, 0.0, PRECISE)
+                else:
+                    cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
+                    step = tl.load(step_ptr + head + i_head * S + t, mask=t < S, other=0.0)
+                    scale = _between(cs_end, lo_end, cs, lo, PRECISE) * step
+                scales = tl.where(k[None, :] == i_head, tl.where(inside, scale, 0.0)[:, None], scales)
+            v = _rows(v_ptr, q, begin, s_v_s, t < S, p, HEADS * P, EVEN, OPERAND).to(tl.float32)
             w = _rows(w_ptr, q, begin, s_w_s, t < S, n, N, EVEN, OPERAND)
-            state = tl.dot(tl.trans((v * scale[:, None]).to(OPERAND)), w, state, input_precision="ieee")
+            state = tl.dot(tl.trans((v * scales).to(OPERAND)), w, state, input_precision="ieee")
     tl.store(end_ptr + ends_at + at_state, state, mask=in_state)
     if tile == 0:
-        tl.store(decay_ptr + (b * parts + part) * H + h, total)
+        tl.store(decay_ptr + (b * parts + part) * H + h + k, total, mask=rows % BP == 0)
 
 
 @triton.jit
@@ -200,7 +213,7 @@ def _output_rows(
     S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
     s_cs_b, s_doc_b, SECOND: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
@@ -223,7 +236,7 @@ def _output_rows(
             CB_before = tl.where(doc[:, None] == doc_before[None, :], CB_before, 0.0)
     if SECOND:
         CB_before = CB_before.to(OPERAND)
-    for k in range(heads):
+    for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
         cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
@@ -262,7 +275,7 @@ def output_kernel(
     S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
     s_cs_b, s_doc_b,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """y of half a chunk, for some heads of a group."""
     c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
@@ -270,13 +283,13 @@ def output_kernel(
         _output_rows(
             x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, False, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+            s_cs_b, s_doc_b, False, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
     else:
         _output_rows(
             x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, True, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+            s_cs_b, s_doc_b, True, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
 
 
@@ -284,7 +297,7 @@ def output_kernel(
 def _pairs_of_heads(
     CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
     S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, BELOW: tl.constexpr,
-    PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr,
+    PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """The sum over heads of the gradients of C_i . B_j, for the rows i from `begin` and the columns j from `begin_j`: those of the
     same half of a chunk, or of the one BELOW the other."""
@@ -292,7 +305,7 @@ def _pairs_of_heads(
     r = tl.arange(0, R)
     i, j = begin + r, begin_j + r
     g_CB, earlier = tl.zeros((R, R), dtype=tl.float32), tl.where(r[:, None] < r[None, :], 1.0, 0.0).to(OPERAND)
-    for k in range(heads):
+    for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head, at = b * s_cs_b + h.to(tl.int64) * S, (b * H + h) * S
         x_head, g_y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(g_y_ptr, b, s_gy_b, h, s_gy_h)
@@ -332,7 +345,7 @@ def pair_gradient_kernel(
     S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
     s_cs_b, s_doc_b,
     HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """The gradients of C_i . B_j for some heads of a group, summed over them, in one of the three blocks of a chunk with i >= j: on
     the diagonal, those of its halves; below it, that of i in the second half and j in the first. For each head besides, on the
@@ -360,11 +373,13 @@ def pair_gradient_kernel(
         g_CB = _pairs_of_heads(
             CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
             S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, False, PRECISE, EVEN, R, PADDED_P, BP,
+            num_stages,
         )  # fmt: skip
     else:
         g_CB = _pairs_of_heads(
             CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
             S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, True, PRECISE, EVEN, R, PADDED_P, BP,
+            num_stages,
         )  # fmt: skip
     g_CB = tl.where(visible, g_CB, 0.0)
     g_CB_ptr += (((b * chunks + c) * G + g) * tl.num_programs(2) + tl.program_id(2)) * Q * Q + row * Q + column
@@ -378,6 +393,7 @@ def group_gradient_kernel(
     s_cs_b, s_doc_b,
     OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, ROWS: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C (v = g_y, states: those before each chunk) or of B (v = x, states: the gradients of those after) for some
     rows of a chunk and some heads of a group; with the former that of the logarithm of E_i, for each head."""
@@ -398,7 +414,7 @@ def group_gradient_kernel(
         else:
             inside = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
     gradient = tl.zeros((ROWS, PADDED_N), dtype=tl.float32)
-    for k in range(heads):
+    for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + split * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
         weight, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
@@ -438,7 +454,7 @@ def _x_gradient_rows(
     b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
     s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, FIRST: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
@@ -461,7 +477,7 @@ def _x_gradient_rows(
             BC_after = tl.where(doc[:, None] == doc_after[None, :], BC_after, 0.0)
     if FIRST:
         BC_after = BC_after.to(OPERAND)
-    for k in range(heads):
+    for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
         cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
@@ -513,7 +529,7 @@ def x_gradient_kernel(
     S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
     s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
+    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
     """For the tokens j of half a chunk and some heads of a group: the gradient of x_j, and for each head those of dt_j through X_j,
     of the logarithm of the decay F_j to the chunk's end, and of D."""
@@ -523,14 +539,14 @@ def x_gradient_kernel(
             x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
             g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
             s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, True,
-            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
     else:
         _x_gradient_rows(
             x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
             g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
             s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, False,
-            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N,
+            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
 
 

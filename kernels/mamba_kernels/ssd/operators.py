@@ -34,12 +34,19 @@ def chunk_length(dtype: torch.dtype) -> int:
 
 
 def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
-    """`waves`: 1 where heads are no more than multiprocessors, of which smaller tiles may keep more at work; else 2."""
+    """`waves`: 1 where heads are no more than multiprocessors, of which smaller tiles may keep more at work; else 2. Two heads of a
+    program share what they read of B or C."""
     length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
     tiles = [(length, block_p, block_n, 8, 2), (length, block_p, block_n, 8, 3)]
     tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (2, 3)]
     tiles += [(length // 2, block_p, max(block_n // 2, 16), 4, stages) for stages in (2, 3)]
-    return [{"STEP": step, "BP": p, "BN": n, "num_warps": warps, "num_stages": stages} for step, p, n, warps, stages in tiles]
+    alone = [
+        {"STEP": step, "HEADS": 1, "BP": p, "BN": n, "num_warps": warps, "num_stages": stages}
+        for step, p, n, warps, stages in tiles
+    ]
+    if dtype == torch.float32 or block_p != head_dim:
+        return alone
+    return [*alone, *(meta | {"HEADS": 2, "num_warps": 8} for meta in alone[:4])]
 
 
 def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
@@ -185,8 +192,11 @@ def sweep(
     v, w = (scan.x, scan.B) if g_y is None else (g_y, scan.C)
     waves = 1 if scan.batch * scan.heads <= MULTIPROCESSORS else 2
     meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key, waves)
+    side_by_side = v.stride(2) == scan.head_dim == meta["BP"]
+    if scan.per_group % meta["HEADS"] or not side_by_side:
+        meta = meta | {"HEADS": 1}
     tiles = cdiv(scan.head_dim, meta["BP"]) * cdiv(scan.state_size, meta["BN"])
-    programs = tiles * scan.batch * scan.heads
+    programs = tiles * scan.batch * scan.heads // meta["HEADS"]
     # A second pass costs more than some idle multiprocessors.
     parts = 1 if 2 * programs >= MULTIPROCESSORS else min(2 * MULTIPROCESSORS // programs, cdiv(scan.chunks, 4))
     segment = cdiv(scan.chunks, parts)
@@ -199,7 +209,7 @@ def sweep(
         state = (scan.heads, scan.head_dim, scan.state_size)
         final = scan.new(scan.batch, *state) if parts == 1 else scan.new(scan.batch, parts, *state)
         launch(
-            fused.states_kernel, (tiles * scan.batch * scan.heads, parts),
+            fused.states_kernel, (programs, parts),
             v, w, *scan.decays, start, final, states, before, log_decay, decay,
             *sizes, *v.stride()[:3], *w.stride()[:3], *scan.of_decays,
             REVERSE=reverse, HAS_FROM=start is not None, WRITE=states is not None, **scan.constants, **meta,
