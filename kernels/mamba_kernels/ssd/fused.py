@@ -6,9 +6,9 @@ With the letters of `reference`: X_j = dt_j x_j, a_j = dt_j A, cs_i = a_1 + ... 
 Forward:  1. dt and cs, head by head [B, H, S];  2. states: a program carries a tile of one head's state over the chunks in float32
 and writes it before each, in the dtype of the matrix products;  3. output: a program takes half a chunk and all heads of a group,
 which share C_i . B_j.
-Backward: 2. the same sweep in reverse, for the gradient of the state after each chunk;  4. that of C_i . B_j, summed over heads;
-5. those of C and B;  6. that of x;  7. that of dt, with the sums for A, D and dt_bias. No [Q, Q] of a head leaves a program. All
-sums have a fixed order: gradients are the same every run.
+Backward: 2. the same sweep in reverse, for the gradient of the state after each chunk;  4. that of B_j . C_i, summed over heads;
+5. those of C and B;  3. transposed, that of x;  6. that of dt, with the sums for A, D and dt_bias. No [Q, Q] of a head leaves a
+program. All sums have a fixed order: gradients are the same every run.
 
 The tokens of the second half of a chunk see those of the first through C_i . B_j too, but with a decay that is the product of those
 to and from the border between them, each at most 1: no exponential and no product a pair of tokens, only scaled rows of x. That
@@ -209,102 +209,123 @@ def carry_kernel(
 
 @triton.jit
 def _output_rows(
-    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
-    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-    s_cs_b, s_doc_b, SECOND: tl.constexpr,
+    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
+    s_cs_b, s_doc_b, ACROSS: tl.constexpr, REVERSE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
-    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
+    """One half of a chunk, that which sees the tokens of the other half ACROSS the border or that which does not."""
+    OPERAND: tl.constexpr = v_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
-    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + (R if SECOND else 0)
-    t = begin + r
-    B_ptr, C_ptr = _at(B_ptr, b, s_B_b, g, s_B_g), _at(C_ptr, b, s_C_b, g, s_C_g)
-    B = _rows(B_ptr, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
-    C = _rows(C_ptr, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
-    CB = tl.where(r[:, None] >= r[None, :], tl.dot(C, tl.trans(B), input_precision="ieee"), 0.0)
-    if SECOND:
-        B_before = _rows(B_ptr, r, c * Q, s_B_s, t - R < S, n, N, EVEN, OPERAND)
-        CB_before = tl.dot(C, tl.trans(B_before), input_precision="ieee")
-    from_state = t < S
+    FIRST: tl.constexpr = ACROSS == REVERSE
+    r, n, begin, begin_o = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + (0 if FIRST else R), c * Q + (R if FIRST else 0)
+    t, o, end = begin + r, begin_o + r, tl.minimum(c * Q + Q, S) - 1
+    u_ptr, w_ptr = _at(u_ptr, b, s_u_b, g, s_u_g), _at(w_ptr, b, s_w_b, g, s_w_g)
+    u = _rows(u_ptr, r, begin, s_u_s, t < S, n, N, EVEN, OPERAND)
+    w = _rows(w_ptr, r, begin, s_w_s, t < S, n, N, EVEN, OPERAND)
+    sees = r[:, None] <= r[None, :] if REVERSE else r[:, None] >= r[None, :]
+    pairs = tl.where(sees, tl.dot(u, tl.trans(w), input_precision="ieee"), 0.0)
+    if ACROSS:
+        w_other = _rows(w_ptr, r, begin_o, s_w_s, o < S, n, N, EVEN, OPERAND)
+        pairs_across = tl.dot(u, tl.trans(w_other), input_precision="ieee")
+    linked = t < S
     if HAS_DOCS:
         doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
-        CB = tl.where(doc[:, None] == doc[None, :], CB, 0.0)
-        from_state = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
-        if SECOND:
-            doc_before = tl.load(doc_ptr + b * s_doc_b + t - R, mask=t - R < S, other=-1)
-            CB_before = tl.where(doc[:, None] == doc_before[None, :], CB_before, 0.0)
-    if SECOND:
-        CB_before = CB_before.to(OPERAND)
+        pairs = tl.where(doc[:, None] == doc[None, :], pairs, 0.0)
+        if REVERSE:
+            linked = doc == tl.load(doc_ptr + b * s_doc_b + end, mask=end >= 0, other=-1)
+        else:
+            linked = doc == tl.load(doc_ptr + b * s_doc_b + c * Q - 1, mask=c > 0, other=0)
+        if ACROSS:
+            doc_other = tl.load(doc_ptr + b * s_doc_b + o, mask=o < S, other=-1)
+            pairs_across = tl.where(doc[:, None] == doc_other[None, :], pairs_across, 0.0)
+    if ACROSS:
+        pairs_across = pairs_across.to(OPERAND)
     for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
         cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
         step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        # In this order, as zeros of CB times a product that overflows would not be zero.
-        M = (CB * _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]).to(OPERAND)
-        if SECOND:
-            border = tl.minimum(begin, S) - 1
-            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
-            cs_before, lo_before = _load_cs(cs_ptr + head, lo_ptr + head, t - R, t - R < S, PRECISE)
-            step_before = tl.load(step_ptr + head + t - R, mask=t - R < S, other=0.0)
-            decay = _between(cs, lo, cs_border, lo_border, PRECISE)
-            decay_state = tl.where(from_state, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
-            weight_before = _between(cs_border, lo_border, cs_before, lo_before, PRECISE) * step_before
+        # In this order, as zeros of `pairs` times a product that overflows would not be zero.
+        if REVERSE:
+            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+            M = (pairs * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
         else:
-            decay_state = tl.where(from_state, _between(cs, lo, 0.0, 0.0, PRECISE), 0.0)
-        x_head, y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(y_ptr, b, s_y_b, h, s_y_h) + begin * s_y_s
+            M = (pairs * _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]).to(OPERAND)
+        if ACROSS:
+            border = tl.minimum(c * Q + R, S) - 1
+            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
+            cs_other, lo_other = _load_cs(cs_ptr + head, lo_ptr + head, o, o < S, PRECISE)
+            if REVERSE:
+                decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
+                decay_state = tl.where(linked, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
+                weight = tl.where(o < S, _between(cs_other, lo_other, cs_border, lo_border, PRECISE), 0.0)
+            else:
+                decay = _between(cs, lo, cs_border, lo_border, PRECISE)
+                decay_state = tl.where(linked, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
+                weight = _between(cs_border, lo_border, cs_other, lo_other, PRECISE)
+                weight *= tl.load(step_ptr + head + o, mask=o < S, other=0.0)
+        elif REVERSE:
+            decay_state = tl.where(linked, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
+        else:
+            decay_state = tl.where(linked, _between(cs, lo, 0.0, 0.0, PRECISE), 0.0)
+        v_head, y_head = _at(v_ptr, b, s_v_b, h, s_v_h), _at(y_ptr, b, s_y_b, h, s_y_h) + begin * s_y_s
         for block_p in tl.static_range(PADDED_P // BP):
             p = block_p * BP + tl.arange(0, BP)
             state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
-            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
-            y = tl.dot(C, tl.trans(state), input_precision="ieee") * decay_state[:, None]
-            if SECOND:
-                x_before = _rows(x_head, r, c * Q, s_x_s, t - R < S, p, P, EVEN, OPERAND).to(tl.float32)
-                y = tl.dot(CB_before, (x_before * weight_before[:, None]).to(OPERAND), y, input_precision="ieee")
+            v = _rows(v_head, r, begin, s_v_s, t < S, p, P, EVEN, OPERAND)
+            y = tl.dot(u, tl.trans(state), input_precision="ieee") * decay_state[:, None]
+            if ACROSS:
+                v_other = _rows(v_head, r, begin_o, s_v_s, o < S, p, P, EVEN, OPERAND).to(tl.float32)
+                y = tl.dot(pairs_across, (v_other * weight[:, None]).to(OPERAND), y, input_precision="ieee")
                 y *= decay[:, None]
-            y = tl.dot(M, x, y, input_precision="ieee")
+            y = tl.dot(M, v, y, input_precision="ieee")
+            if REVERSE:
+                y *= step[:, None]
             if HAS_D:
-                y += x.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
+                y += v.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
             _store_rows(y_head, r, s_y_s, t < S, p, P, y, EVEN)
 
 
 @triton.jit
 def output_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
-    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-    s_cs_b, s_doc_b,
+    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
+    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
+    s_cs_b, s_doc_b, REVERSE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
-    """y of half a chunk, for some heads of a group."""
+    """y of half a chunk for some heads of a group, from v = x, u = C, w = B and the states before chunks; or its transpose, the
+    gradient of x from v = g_y, u = B, w = C and the gradients of the states after chunks."""
     c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     if tl.program_id(0) % 2 == 0:
         _output_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
-            S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, False, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
+            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
+            s_cs_b, s_doc_b, REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
     else:
         _output_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
-            S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, True, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
+            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
+            s_cs_b, s_doc_b, not REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
 
 
 @triton.jit
 def _pairs_of_heads(
-    CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
-    S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, BELOW: tl.constexpr,
-    PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, num_stages: tl.constexpr,
+    BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+    b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, ACROSS: tl.constexpr,
+    HAS_D: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr,
+    num_stages: tl.constexpr,
 ):  # fmt: skip
-    """The sum over heads of the gradients of C_i . B_j, for the rows i from `begin` and the columns j from `begin_j`: those of the
-    same half of a chunk, or of the one BELOW the other."""
+    """The sum over heads of the gradients of B_j . C_i, for the tokens j from `begin_j` (rows) and i from `begin_i`: of the same
+    half of a chunk, or the former of the first and the latter of the second, ACROSS the border."""
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     r = tl.arange(0, R)
-    i, j = begin + r, begin_j + r
-    g_CB, earlier = tl.zeros((R, R), dtype=tl.float32), tl.where(r[:, None] < r[None, :], 1.0, 0.0).to(OPERAND)
+    j, i = begin_j + r, begin_i + r
+    g_BC, not_before = tl.zeros((R, R), dtype=tl.float32), tl.where(r[:, None] >= r[None, :], 1.0, 0.0).to(OPERAND)
     for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head, at = b * s_cs_b + h.to(tl.int64) * S, (b * H + h) * S
@@ -312,91 +333,95 @@ def _pairs_of_heads(
         g_M = tl.zeros((R, R), dtype=tl.float32)
         for block_p in tl.static_range(PADDED_P // BP):
             p = block_p * BP + tl.arange(0, BP)
-            g_y = _rows(g_y_head, r, begin, s_gy_s, i < S, p, P, EVEN, OPERAND)
             x = _rows(x_head, r, begin_j, s_x_s, j < S, p, P, EVEN, OPERAND)
-            g_M = tl.dot(g_y, tl.trans(x), g_M, input_precision="ieee")
-        cs_i, lo_i = _load_cs(cs_ptr + head, lo_ptr + head, i, i < S, PRECISE)
+            g_y = _rows(g_y_head, r, begin_i, s_gy_s, i < S, p, P, EVEN, OPERAND)
+            g_M = tl.dot(x, tl.trans(g_y), g_M, input_precision="ieee")
         cs_j, lo_j = _load_cs(cs_ptr + head, lo_ptr + head, j, j < S, PRECISE)
+        cs_i, lo_i = _load_cs(cs_ptr + head, lo_ptr + head, i, i < S, PRECISE)
         step = tl.load(step_ptr + head + j, mask=j < S, other=0.0)
-        if BELOW:
-            border = tl.minimum(begin, S) - 1
+        if ACROSS:
+            border = tl.minimum(begin_i, S) - 1
             cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
-            decay = tl.where(i < S, _between(cs_i, lo_i, cs_border, lo_border, PRECISE), 0.0)
-            g_M *= decay[:, None] * (_between(cs_border, lo_border, cs_j, lo_j, PRECISE) * step)[None, :]
-            g_CB += g_M
-            g_M *= CB
-            tl.store(g_row_ptr + at + i, tl.sum(g_M, axis=1), mask=i < S)
-            tl.store(g_after_ptr + at + j, tl.sum(g_M, axis=0), mask=j < S)
+            decay_j = _between(cs_border, lo_border, cs_j, lo_j, PRECISE)
+            decay_i = tl.where(i < S, _between(cs_i, lo_i, cs_border, lo_border, PRECISE), 0.0)
+            g_BC += g_M * ((decay_j * step)[:, None] * decay_i[None, :])
+            g_M *= BC
+            tl.store(g_after_ptr + at + j, decay_j * tl.sum(g_M * decay_i[None, :], axis=1), mask=j < S)
+            tl.store(g_row_ptr + at + i, decay_i * tl.sum(g_M * (decay_j * step)[:, None], axis=0), mask=i < S)
         else:
-            g_M *= _between(cs_i[:, None], lo_i[:, None], cs_j[None, :], lo_j[None, :], PRECISE) * step[None, :]
+            if HAS_D:
+                tl.store(g_D_ptr + at + j, tl.sum(tl.where(r[:, None] == r[None, :], g_M, 0.0), axis=1), mask=j < S)
+            g_M *= _between(cs_i[None, :], lo_i[None, :], cs_j[:, None], lo_j[:, None], PRECISE)
             g_M = tl.where(visible, g_M, 0.0)
-            g_CB += g_M
-            g_M *= CB
+            g_BC += g_M * step[:, None]
+            g_M *= BC
+            tl.store(g_column_ptr + at + j, tl.sum(g_M, axis=1), mask=j < S)
             # a_k is in L_ij for j < k <= i. Summed as such: in the difference of row sums and column sums, small gradients
             # would be rounding errors, which a large dt makes large.
-            g_inside = tl.where(r[:, None] >= r[None, :], tl.dot(g_M.to(OPERAND), earlier, input_precision="ieee"), 0.0)
-            tl.store(g_inside_ptr + at + i, tl.sum(g_inside, axis=0), mask=i < S)
-    return g_CB
+            g_inside = tl.dot((g_M * step[:, None]).to(OPERAND), not_before, input_precision="ieee")
+            g_inside = tl.sum(tl.where(r[:, None] < r[None, :], g_inside, 0.0), axis=0)
+            tl.store(g_inside_ptr + at + j, g_inside, mask=j < S)
+    return g_BC
 
 
 @triton.jit
 def pair_gradient_kernel(
-    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_CB_ptr, g_inside_ptr, g_row_ptr, g_after_ptr,
-    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
+    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_BC_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr,
+    g_D_ptr, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
     s_cs_b, s_doc_b,
-    HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of C_i . B_j for some heads of a group, summed over them, in one of the three blocks of a chunk with i >= j: on
-    the diagonal, those of its halves; below it, that of i in the second half and j in the first. For each head besides, on the
-    diagonal the gradient of a_k through the decays L_ij inside the half; below it those of the logarithms of the decays from the
-    border to row i, and from token j to the border."""
+    """The gradients of B_j . C_i for some heads of a group, summed over them, in one of the three blocks of a chunk with j <= i: on
+    the diagonal, those of its halves; off it, that of j in the first half and i in the second. For each head besides: on the
+    diagonal that of D, that of dt_j through X_j, and that of a_k through the decays L_ij inside the half; off it that of dt_j,
+    which times dt_j is also that of the logarithm of the decay from token j to the border, and that of the one from the border to
+    token i."""
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
     c, block = (tl.program_id(0) // 3).to(tl.int64), tl.program_id(0) % 3
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     r, n = tl.arange(0, R), tl.arange(0, PADDED_N)
-    row, column = tl.where(block == 0, 0, R), tl.where(block == 1, R, 0)
-    begin, begin_j = c * Q + row, c * Q + column
-    i, j = begin + r, begin_j + r
+    row, column = tl.where(block == 1, R, 0), tl.where(block == 0, 0, R)
+    begin_j, begin_i = c * Q + row, c * Q + column
+    j, i = begin_j + r, begin_i + r
     B = _rows(_at(B_ptr, b, s_B_b, g, s_B_g), r, begin_j, s_B_s, j < S, n, N, EVEN, OPERAND)
-    C = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), r, begin, s_C_s, i < S, n, N, EVEN, OPERAND)
-    CB = tl.dot(C, tl.trans(B), input_precision="ieee")
-    visible = (i[:, None] >= j[None, :]) & (i[:, None] < S)
+    C = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), r, begin_i, s_C_s, i < S, n, N, EVEN, OPERAND)
+    visible = (j[:, None] <= i[None, :]) & (i[None, :] < S)
     if HAS_DOCS:
-        doc_i = tl.load(doc_ptr + b * s_doc_b + i, mask=i < S, other=-2)
         doc_j = tl.load(doc_ptr + b * s_doc_b + j, mask=j < S, other=-1)
-        visible = visible & (doc_i[:, None] == doc_j[None, :])
-    # L_ii = 1 has no gradient.
-    CB = tl.where(visible & (i[:, None] > j[None, :]), CB, 0.0)
+        doc_i = tl.load(doc_ptr + b * s_doc_b + i, mask=i < S, other=-2)
+        visible = visible & (doc_j[:, None] == doc_i[None, :])
+    BC = tl.where(visible, tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
     if block < 2:
-        g_CB = _pairs_of_heads(
-            CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
-            S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, False, PRECISE, EVEN, R, PADDED_P, BP,
-            num_stages,
+        g_BC = _pairs_of_heads(
+            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+            b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, False,
+            HAS_D, PRECISE, EVEN, R, PADDED_P, BP, num_stages,
         )  # fmt: skip
     else:
-        g_CB = _pairs_of_heads(
-            CB, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_after_ptr, b, c, g, begin, begin_j,
-            S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, True, PRECISE, EVEN, R, PADDED_P, BP,
-            num_stages,
+        g_BC = _pairs_of_heads(
+            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+            b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, True,
+            HAS_D, PRECISE, EVEN, R, PADDED_P, BP, num_stages,
         )  # fmt: skip
-    g_CB = tl.where(visible, g_CB, 0.0)
-    g_CB_ptr += (((b * chunks + c) * G + g) * tl.num_programs(2) + tl.program_id(2)) * Q * Q + row * Q + column
-    tl.store(g_CB_ptr + (r[:, None] * Q + r[None, :]), g_CB.to(OPERAND))
+    g_BC = tl.where(visible, g_BC, 0.0)
+    g_BC_ptr += (((b * chunks + c) * G + g) * tl.num_programs(2) + tl.program_id(2)) * Q * Q + row * Q + column
+    tl.store(g_BC_ptr + (r[:, None] * Q + r[None, :]), g_BC.to(OPERAND))
 
 
 @triton.jit
 def group_gradient_kernel(
-    v_ptr, B_ptr, C_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, g_CB_ptr, g_ptr, g_start_ptr,
-    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_g_k, s_g_b, s_g_s, s_g_g,
+    v_ptr, u_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, g_BC_ptr, g_ptr, g_edge_ptr,
+    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_g_k, s_g_b, s_g_s, s_g_g,
     s_cs_b, s_doc_b,
     OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, ROWS: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,
     num_stages: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of C (v = g_y, states: those before each chunk) or of B (v = x, states: the gradients of those after) for some
-    rows of a chunk and some heads of a group; with the former that of the logarithm of E_i, for each head."""
+    """The gradient of u = C (w = B, v = g_y, states: those before each chunk) or of u = B (w = C, v = x, states: the gradients of
+    those after) for some rows of a chunk and some heads of a group. For each head besides, that of the logarithm of E_i; or that of
+    dt_j through X_j and F_j, which times dt_j is also that of the logarithm of F_j."""
     OPERAND: tl.constexpr = v_ptr.dtype.element_ty
     R: tl.constexpr = Q // 2
     blocks: tl.constexpr = Q // ROWS
@@ -405,7 +430,7 @@ def group_gradient_kernel(
     r, q, n = tl.arange(0, ROWS), tl.arange(0, Q), tl.arange(0, PADDED_N)
     begin, end = c * Q + first, tl.minimum(c * Q + Q, S) - 1
     t = begin + r
-    C = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
+    u = _rows(_at(u_ptr, b, s_u_b, g, s_u_g), r, begin, s_u_s, t < S, n, N, EVEN, OPERAND)
     inside = t < S
     if HAS_DOCS:
         doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
@@ -417,142 +442,38 @@ def group_gradient_kernel(
     for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + split * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
-        weight, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
         if OF_B:
             cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
-            weight = _between(cs_end, lo_end, weight, lo, PRECISE) * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+            decay = tl.where(inside, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
+            weight = decay * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
         else:
-            weight = _between(weight, lo, 0.0, 0.0, PRECISE)
-        weight = tl.where(inside, weight, 0.0)
-        g_start = tl.zeros((ROWS,), dtype=tl.float32)
+            decay = tl.where(inside, _between(cs, lo, 0.0, 0.0, PRECISE), 0.0)
+            weight = decay
+        g_edge = tl.zeros((ROWS,), dtype=tl.float32)
         for block_p in tl.static_range(PADDED_P // BP):
             p = block_p * BP + tl.arange(0, BP)
             state = _state(states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
             v = _rows(_at(v_ptr, b, s_v_b, h, s_v_h), r, begin, s_v_s, t < S, p, P, EVEN, OPERAND).to(tl.float32)
-            if not OF_B:
-                g_start += tl.sum(tl.dot(C, tl.trans(state), input_precision="ieee") * v, axis=1)
+            g_edge += tl.sum(tl.dot(u, tl.trans(state), input_precision="ieee") * v, axis=1)
             gradient = tl.dot((v * weight[:, None]).to(OPERAND), state, gradient, input_precision="ieee")
-        if not OF_B:
-            tl.store(g_start_ptr + (b * H + h) * S + t, g_start * weight, mask=t < S)
-    # Of C_i . B_j only the blocks of R x R on and below the diagonal were written.
-    tile = g_CB_ptr + (((b * chunks + c) * G + g) * tl.num_programs(2) + split) * Q * Q
+        tl.store(g_edge_ptr + (b * H + h) * S + t, g_edge * decay, mask=t < S)
+    # Of B_j . C_i only the blocks of R x R with j <= i were written.
+    tile = g_BC_ptr + (((b * chunks + c) * G + g) * tl.num_programs(2) + split) * Q * Q
     row, column = (first + r)[:, None], q[None, :]
     if OF_B:
-        g_CB = tl.load(tile + (column * Q + row), mask=column // R >= row // R, other=0.0)
-        other = _rows(_at(C_ptr, b, s_C_b, g, s_C_g), q, c * Q, s_C_s, c * Q + q < S, n, N, EVEN, OPERAND)
+        g_BC = tl.load(tile + (row * Q + column), mask=column // R >= row // R, other=0.0)
     else:
-        g_CB = tl.load(tile + (row * Q + column), mask=column // R <= row // R, other=0.0)
-        other = _rows(_at(B_ptr, b, s_B_b, g, s_B_g), q, c * Q, s_B_s, c * Q + q < S, n, N, EVEN, OPERAND)
-    gradient = tl.dot(g_CB, other, gradient, input_precision="ieee")
+        g_BC = tl.load(tile + (column * Q + row), mask=column // R <= row // R, other=0.0)
+    w = _rows(_at(w_ptr, b, s_w_b, g, s_w_g), q, c * Q, s_w_s, c * Q + q < S, n, N, EVEN, OPERAND)
+    gradient = tl.dot(g_BC, w, gradient, input_precision="ieee")
     g_ptr += split.to(tl.int64) * s_g_k + b * s_g_b + begin * s_g_s + g.to(tl.int64) * s_g_g
     _store_rows(g_ptr, r, s_g_s, t < S, n, N, gradient, EVEN)
 
 
 @triton.jit
-def _x_gradient_rows(
-    x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr, g_D_ptr,
-    b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
-    s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, FIRST: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
-):  # fmt: skip
-    OPERAND: tl.constexpr = x_ptr.dtype.element_ty
-    R: tl.constexpr = Q // 2
-    r, n, begin = tl.arange(0, R), tl.arange(0, PADDED_N), c * Q + (0 if FIRST else R)
-    t, end = begin + r, tl.minimum(c * Q + Q, S) - 1
-    B_ptr, C_ptr = _at(B_ptr, b, s_B_b, g, s_B_g), _at(C_ptr, b, s_C_b, g, s_C_g)
-    B = _rows(B_ptr, r, begin, s_B_s, t < S, n, N, EVEN, OPERAND)
-    C = _rows(C_ptr, r, begin, s_C_s, t < S, n, N, EVEN, OPERAND)
-    BC = tl.where(r[None, :] >= r[:, None], tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
-    if FIRST:
-        C_after = _rows(C_ptr, r, c * Q + R, s_C_s, t + R < S, n, N, EVEN, OPERAND)
-        BC_after = tl.dot(B, tl.trans(C_after), input_precision="ieee")
-    to_end = t < S
-    if HAS_DOCS:
-        doc = tl.load(doc_ptr + b * s_doc_b + t, mask=t < S, other=-2)
-        BC = tl.where(doc[:, None] == doc[None, :], BC, 0.0)
-        to_end = doc == tl.load(doc_ptr + b * s_doc_b + end, mask=end >= 0, other=-1)
-        if FIRST:
-            doc_after = tl.load(doc_ptr + b * s_doc_b + t + R, mask=t + R < S, other=-1)
-            BC_after = tl.where(doc[:, None] == doc_after[None, :], BC_after, 0.0)
-    if FIRST:
-        BC_after = BC_after.to(OPERAND)
-    for k in tl.range(0, heads, num_stages=num_stages):
-        h = g * K + tl.program_id(2) * heads + k
-        head = b * s_cs_b + h.to(tl.int64) * S
-        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
-        cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
-        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        M = (BC * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
-        if FIRST:
-            border = tl.minimum(begin + R, S) - 1
-            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
-            cs_after, lo_after = _load_cs(cs_ptr + head, lo_ptr + head, t + R, t + R < S, PRECISE)
-            decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
-            decay_end = tl.where(to_end, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
-            weight_after = tl.where(t + R < S, _between(cs_after, lo_after, cs_border, lo_border, PRECISE), 0.0)
-        else:
-            decay = tl.where(to_end, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
-        x_head, g_y_head = _at(x_ptr, b, s_x_b, h, s_x_h), _at(g_y_ptr, b, s_gy_b, h, s_gy_h)
-        g_x_head = _at(g_x_ptr, b, s_gx_b, h, s_gx_h) + begin * s_gx_s
-        g_step, g_end = tl.zeros((R,), dtype=tl.float32), tl.zeros((R,), dtype=tl.float32)
-        g_D = tl.zeros((R,), dtype=tl.float32)
-        for block_p in tl.static_range(PADDED_P // BP):
-            p = block_p * BP + tl.arange(0, BP)
-            g_state = _state(g_states_ptr + ((b * chunks + c) * H + h) * P * N, p, n, P, N, EVEN)
-            g_y = _rows(g_y_head, r, begin, s_gy_s, t < S, p, P, EVEN, OPERAND)
-            x = _rows(x_head, r, begin, s_x_s, t < S, p, P, EVEN, OPERAND)
-            g_X = tl.dot(B, tl.trans(g_state), input_precision="ieee") * (decay_end if FIRST else decay)[:, None]
-            g_end += tl.sum(x.to(tl.float32) * g_X, axis=1)
-            if FIRST:
-                g_y_after = _rows(g_y_head, r, c * Q + R, s_gy_s, t + R < S, p, P, EVEN, OPERAND).to(tl.float32)
-                g_X = tl.dot(BC_after, (g_y_after * weight_after[:, None]).to(OPERAND), g_X, input_precision="ieee")
-                g_X *= decay[:, None]
-            g_X = tl.dot(M, g_y, g_X, input_precision="ieee")
-            g_step += tl.sum(x.to(tl.float32) * g_X, axis=1)
-            g_X *= step[:, None]
-            if HAS_D:
-                g_y = g_y.to(tl.float32)
-                g_X += g_y * tl.load(D_ptr + h).to(tl.float32)
-                g_D += tl.sum(g_y * x.to(tl.float32), axis=1)
-            _store_rows(g_x_head, r, s_gx_s, t < S, p, P, g_X, EVEN)
-        at = (b * H + h) * S + t
-        tl.store(g_step_ptr + at, g_step, mask=t < S)
-        tl.store(g_end_ptr + at, (g_end * decay if FIRST else g_end) * step, mask=t < S)
-        if HAS_D:
-            tl.store(g_D_ptr + at, g_D, mask=t < S)
-
-
-@triton.jit
-def x_gradient_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr, g_D_ptr,
-    S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s,
-    s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b,
-    HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
-    Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
-):  # fmt: skip
-    """For the tokens j of half a chunk and some heads of a group: the gradient of x_j, and for each head those of dt_j through X_j,
-    of the logarithm of the decay F_j to the chunk's end, and of D."""
-    c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    if tl.program_id(0) % 2 == 0:
-        _x_gradient_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
-            g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
-            s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, True,
-            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
-        )  # fmt: skip
-    else:
-        _x_gradient_rows(
-            x_ptr, B_ptr, C_ptr, D_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_states_ptr, g_x_ptr, g_step_ptr, g_end_ptr,
-            g_D_ptr, b, c, g, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g,
-            s_gy_b, s_gy_s, s_gy_h, s_gx_b, s_gx_s, s_gx_h, s_cs_b, s_doc_b, False,
-            HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
-        )  # fmt: skip
-
-
-@triton.jit
 def dt_gradient_kernel(
-    dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_inside_ptr, g_row_ptr, g_end_ptr, g_after_ptr, g_step_ptr, g_D_ptr,
+    dt_ptr, bias_ptr, A_ptr, step_ptr, g_start_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_end_ptr, g_after_ptr, g_D_ptr,
     log_decay_ptr, g_dt_ptr, sums_ptr, S, H, chunks, tiles, s_tile, s_dt_b, s_dt_s, s_gdt_b, s_gdt_s, s_cs_b, s_sums,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
@@ -565,17 +486,20 @@ def dt_gradient_kernel(
     mask = (h[:, None] < H) & (t[None, :] < S)
     at = (b * H + h[:, None]) * S + t[None, :]
     g_a = tl.cumsum(tl.load(g_start_ptr + at, mask=mask, other=0.0), axis=1, reverse=True)
-    g_a += tl.cumsum(tl.load(g_end_ptr + at - 1, mask=mask & (q[None, :] > 0), other=0.0), axis=1)
+    at_step = step_ptr + b * s_cs_b + h[:, None].to(tl.int64) * S + t[None, :]
+    step, after_first = tl.load(at_step, mask=mask, other=0.0), mask & (q[None, :] > 0)
+    step_before = tl.load(at_step - 1, mask=after_first, other=0.0)
+    g_a += tl.cumsum(tl.load(g_end_ptr + at - 1, mask=after_first, other=0.0) * step_before, axis=1)
     g_a += tl.load(g_inside_ptr + at, mask=mask, other=0.0)
     to_row = tl.load(g_row_ptr + at, mask=mask & (q[None, :] >= R), other=0.0)
-    to_after = tl.load(g_after_ptr + at - 1, mask=mask & (q[None, :] > 0) & (q[None, :] < R), other=0.0)
+    to_after = tl.load(g_after_ptr + at - 1, mask=after_first & (q[None, :] < R), other=0.0) * step_before
     halves = tl.cumsum(tl.reshape(to_row, (BH, 2, R)), axis=2, reverse=True) + tl.cumsum(tl.reshape(to_after, (BH, 2, R)), axis=2)
     g_a += tl.reshape(halves, (BH, Q))
     for tile in range(tiles):
         g_a += tl.load(log_decay_ptr + tile * s_tile + (b * H + h) * chunks + c, mask=h < H, other=0.0)[:, None]
-    step = tl.load(step_ptr + b * s_cs_b + h[:, None].to(tl.int64) * S + t[None, :], mask=mask, other=0.0)
     A = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    g_dt = g_a * A[:, None] + tl.load(g_step_ptr + at, mask=mask, other=0.0)
+    g_dt = g_a * A[:, None] + tl.load(g_column_ptr + at, mask=mask, other=0.0) + tl.load(g_end_ptr + at, mask=mask, other=0.0)
+    g_dt += tl.load(g_after_ptr + at, mask=mask & (q[None, :] < R), other=0.0)
     if SOFTPLUS:
         raw = tl.load(dt_ptr + b * s_dt_b + t[None, :] * s_dt_s + h[:, None], mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:

@@ -110,7 +110,7 @@ class Scan:
             self.per_group // self.splits,
         )  # fmt: skip
         self.decays = (*kept, document)
-        self.of_x, self.of_B_and_C = self.x.stride()[:3], (*self.B.stride()[:3], *self.C.stride()[:3])
+        self.of_x, self.of_B, self.of_C = (t.stride()[:3] for t in (self.x, self.B, self.C))
         self.of_decays = (kept[1].stride(0), 0 if document is None else document.stride(0))
         self.constants = {
             "HAS_DOCS": document is not None,
@@ -236,9 +236,9 @@ def write_output(scan: Scan, states: Tensor, y: Tensor) -> None:
     """Write y [B, S, H, P], of which the last dimension has unit stride."""
     launch(
         fused.output_kernel, scan.grid(2),
-        scan.x, scan.B, scan.C, scan.D, *scan.decays, states, y,
-        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *y.stride()[:3], *scan.of_decays,
-        HAS_D=scan.D is not None, **scan.padding, **OUTPUT(*scan.key),
+        scan.x, scan.C, scan.B, scan.D, *scan.decays, states, y,
+        *scan.sizes, *scan.of_x, *scan.of_C, *scan.of_B, *y.stride()[:3], *scan.of_decays,
+        REVERSE=False, HAS_D=scan.D is not None, **scan.padding, **OUTPUT(*scan.key),
     )  # fmt: skip
 
 
@@ -259,28 +259,30 @@ def write_gradients(
     batch, heads, splits, g_y, dt = scan.batch, scan.heads, scan.splits, unit_stride(g_y), unit_stride(dt)
     g_states, of_g_y = scan.new_states(), g_y.stride()[:3]
     swept = sweep(scan, g_final, g_states, g_y, states)
-    g_CB = scan.x.new_empty(batch, scan.chunks, scan.groups, splits, scan.chunk, scan.chunk)
-    g_start, g_inside, g_row, g_step, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
+    g_BC = scan.x.new_empty(batch, scan.chunks, scan.groups, splits, scan.chunk, scan.chunk)
+    g_start, g_inside, g_row, g_column, g_end, g_after, g_D = scan.new(7, batch, heads, scan.length).unbind()
     g_B, g_C = (t.unsqueeze(0) if splits == 1 else scan.new(splits, *t.shape) for t in (g.B, g.C))
     launch(
         fused.pair_gradient_kernel, scan.grid(3),
-        scan.x, scan.B, scan.C, g_y, *scan.decays, g_CB, g_inside, g_row, g_after,
-        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *of_g_y, *scan.of_decays,
-        **scan.padding, **PAIR_GRADIENT(*scan.key),
+        scan.x, scan.B, scan.C, g_y, *scan.decays, g_BC, g_inside, g_row, g_column, g_after, g_D,
+        *scan.sizes, *scan.of_x, *scan.of_B, *scan.of_C, *of_g_y, *scan.of_decays,
+        HAS_D=scan.D is not None, **scan.padding, **PAIR_GRADIENT(*scan.key),
     )  # fmt: skip
-    for of_B, tunable, v, of, out in ((False, C_GRADIENT, g_y, states, g_C), (True, B_GRADIENT, scan.x, g_states, g_B)):
+    for_C = (g_y, scan.C, scan.B, states, g_C, g_start)
+    for_B = (scan.x, scan.B, scan.C, g_states, g_B, g_end)
+    for of_B, tunable, (v, u, w, of, out, g_edge) in ((False, C_GRADIENT, for_C), (True, B_GRADIENT, for_B)):
         meta = tunable(*scan.key)
         launch(
             fused.group_gradient_kernel, scan.grid(scan.chunk // meta["ROWS"]),
-            v, scan.B, scan.C, *scan.decays, of, g_CB, out, g_start,
-            *scan.sizes, *v.stride()[:3], *scan.of_B_and_C, *out.stride()[:4], *scan.of_decays,
+            v, u, w, *scan.decays, of, g_BC, out, g_edge,
+            *scan.sizes, *v.stride()[:3], *u.stride()[:3], *w.stride()[:3], *out.stride()[:4], *scan.of_decays,
             OF_B=of_B, **scan.padding, **meta,
         )  # fmt: skip
     launch(
-        fused.x_gradient_kernel, scan.grid(2),
-        scan.x, scan.B, scan.C, scan.D, g_y, *scan.decays, g_states, g.x, g_step, g_end, g_D,
-        *scan.sizes, *scan.of_x, *scan.of_B_and_C, *of_g_y, *g.x.stride()[:3], *scan.of_decays,
-        HAS_D=scan.D is not None, **scan.padding, **X_GRADIENT(*scan.key),
+        fused.output_kernel, scan.grid(2),
+        g_y, scan.B, scan.C, scan.D, *scan.decays, g_states, g.x,
+        *scan.sizes, *of_g_y, *scan.of_B, *scan.of_C, *g.x.stride()[:3], *scan.of_decays,
+        REVERSE=True, HAS_D=scan.D is not None, **scan.padding, **X_GRADIENT(*scan.key),
     )  # fmt: skip
     if splits > 1:
         g.B.copy_(g_B.sum(0))
@@ -288,7 +290,8 @@ def write_gradients(
     sums, block, log_decay = scan.new(3, batch * scan.chunks, heads), min(16, padded(heads)), swept.log_decay
     launch(
         fused.dt_gradient_kernel, (batch * scan.chunks, cdiv(heads, block)),
-        dt, contiguous(dt_bias), scan.A, scan.kept[0], g_start, g_inside, g_row, g_end, g_after, g_step, g_D, log_decay, g.dt, sums,
+        dt, contiguous(dt_bias), scan.A, scan.kept[0], g_start, g_inside, g_row, g_column, g_end, g_after, g_D, log_decay,
+        g.dt, sums,
         scan.length, heads, scan.chunks, len(log_decay), log_decay.stride(0),
         dt.stride(0), dt.stride(1), g.dt.stride(0), g.dt.stride(1), scan.of_decays[0], sums.stride(0),
         SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_D=scan.D is not None, Q=scan.chunk, BH=block, num_warps=4,
