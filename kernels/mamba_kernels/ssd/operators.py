@@ -56,13 +56,17 @@ def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list
 
 def _token_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     block_p = min(head_dim, 64)
-    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (1, 2, 3)]
+    blocks = [(block_p, warps, stages) for warps in (4, 8) for stages in (1, 2, 3)]
+    blocks += [(32, 4, 2)] if block_p > 32 else []  # Fewer registers: none are spilled.
+    return [{"BP": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in blocks]
 
 
 def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     length, block_p = chunk_length(dtype), min(head_dim, 64)
     shapes = ((length // 2, 4), (length, 8), (length, 4))
-    return [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
+    few = [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
+    # Two programs of eight warps fit a multiprocessor.
+    return few + [few[0] | {"num_warps": 8, "num_stages": stages, "maxnreg": 128} for stages in (1, 2)]
 
 
 def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
