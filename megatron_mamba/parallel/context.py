@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,8 @@ class ParallelContext:
     """What FSDP keeps between its uses: see config.ParallelConfig."""
     schedule: Schedule = "1f1b"
     """Order of the pipeline's work, and which rank has which stage."""
+    job: Mapping[str, str] = field(default_factory=dict)
+    """What started this process, for records of the run: see :func:`job_description`."""
     deferred: list[Callable[[], None]] | None = None
     """Where backward passes leave the computation of weights' gradients for later; None: nowhere, they compute them."""
 
@@ -63,7 +66,7 @@ class ParallelContext:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         mesh = init_device_mesh(device, config.sizes(dist.get_world_size()), mesh_dim_names=MESH_DIMENSIONS)
-        return cls.over(mesh, local, config)
+        return replace(cls.over(mesh, local, config), job=job_description(os.environ))
 
     @classmethod
     def over(cls, mesh: DeviceMesh, device: torch.device, config: ParallelConfig) -> ParallelContext:
@@ -154,3 +157,20 @@ class ParallelContext:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
+JOB_VARIABLES = {
+    "slurm_job": "SLURM_JOB_ID",
+    "slurm_array_job": "SLURM_ARRAY_JOB_ID",
+    "slurm_array_task": "SLURM_ARRAY_TASK_ID",
+    "slurm_nodes": "SLURM_JOB_NODELIST",
+    "slurm_restarts": "SLURM_RESTART_COUNT",
+    "torchrun_run": "TORCHELASTIC_RUN_ID",
+    "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
+}
+"""What of its launcher a run records, and the variables that say it."""
+
+
+def job_description(environment: Mapping[str, str]) -> dict[str, str]:
+    """The host of this process, and what SLURM and torchrun say of the job that it belongs to."""
+    known = {name: environment[variable] for name, variable in JOB_VARIABLES.items() if environment.get(variable)}
+    return {"host": socket.gethostname(), **known}

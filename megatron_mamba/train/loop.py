@@ -49,22 +49,24 @@ def train(config: Config) -> int:
     in a row were not finite.
     """
     context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
-    try:
-        trainer = Trainer(config, context)
+    # From before the model is built until the last save is on the disk: no signal, be it the second, ends a rank in the middle.
+    with StopRequest(context) as stop:
         try:
-            trainer.run()
+            trainer = Trainer(config, context, stop)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
         finally:
-            trainer.close()
-    finally:
-        context.close()
+            context.close()
     return 0
 
 
 class Trainer:
     """One run on one rank: model, optimizer, data and the counters that a checkpoint holds."""
 
-    def __init__(self, config: Config, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: Config, context: ParallelContext, stop: StopRequest) -> None:
+        self.config, self.context, self.stop = config, context, stop
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
@@ -122,8 +124,8 @@ class Trainer:
         config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
         batches = self._loader(self.data.train, self._index_batches(self.consumed_samples))
-        with StopRequest(self.context) as stop, batches:
-            while self.consumed_samples + self._batch_size() <= end:
+        with batches:
+            while self.consumed_samples + self._batch_size() <= end and not self._stops():
                 record = self._train_step(batches)
                 if self.step % config.logging.interval == 0 or self.skips.in_a_row or self.consumed_samples >= end:
                     record |= self.throughput.lap(self.consumed_tokens) | self.timer.lap() | memory_gib(self.context.device)
@@ -136,11 +138,6 @@ class Trainer:
                     self._evaluate("valid", self.data.valid)
                 if self.step % config.checkpoint.interval == 0:
                     self._save()
-                if stop.asked():
-                    name = signal.Signals(stop.received).name if stop.received else "a signal on another rank"
-                    message = f"stopping at step {self.step} on {name}; the same command continues from here"
-                    self.metrics.log({"message": message, "step": self.step}, kind="event")
-                    break
         self._save()
         self.manager.wait()
         if self.consumed_samples + self._batch_size() > config.train_samples:
@@ -185,6 +182,15 @@ class Trainer:
             "global_batch_size": batch_size,
             "skipped_steps": self.skips.total,
         }
+
+    def _stops(self) -> bool:
+        """Whether any rank was told to stop (a collective)."""
+        if not self.stop.asked():
+            return False
+        name = signal.Signals(self.stop.received).name if self.stop.received else "a signal on another rank"
+        message = f"stopping at step {self.step} on {name}; the same command continues from here"
+        self.metrics.log({"message": message, "step": self.step}, kind="event")
+        return True
 
     def _give_up(self, record: dict[str, Any]) -> None:
         self._save()
@@ -324,6 +330,7 @@ class Trainer:
             "flops_per_token": self.flops_per_token,
             "world_size": self.context.world_size,
             "device": str(self.context.device),
+            "job": dict(self.context.job),
             "torch": torch.__version__,
         }
 

@@ -32,7 +32,8 @@ def train(run_dir: Path, length: int, steps: int, *overrides: str) -> list[float
     config = compose([*TINY, *settings, *overrides])
 
     def body(context: ParallelContext) -> None:
-        trainer = loop.Trainer(config, ParallelContext.over(context.mesh, context.device, config.parallel))
+        own = ParallelContext.over(context.mesh, context.device, config.parallel)
+        trainer = loop.Trainer(config, own, loop.StopRequest(own))
         trainer.run()
         trainer.close()
 

@@ -1,4 +1,4 @@
-"""The command line under torchrun: a run on two tensor-parallel ranks, and its continuation on one."""
+"""The command line under torchrun: a run on two tensor-parallel GPUs, and its continuation on one. On CPUs, test_launch.py."""
 
 import json
 import subprocess
@@ -27,10 +27,10 @@ def run(folder: Path, ranks: int, device: str, *settings: str) -> dict[int, floa
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
-def test_two_ranks_and_then_one_equal_one(device: str, tmp_path: Path) -> None:
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_and_then_one_equal_one(tmp_path: Path) -> None:
+    device = "cuda"
     alone = run(tmp_path / "alone", 1, device)
     assert list(alone) == list(range(1, STEPS + 1))
     assert alone[STEPS] < alone[1]

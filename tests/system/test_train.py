@@ -117,9 +117,34 @@ def test_signal_saves_and_ends_well(tmp_path: Path, whole: Path, monkeypatch: py
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches)
 
+    save = loop.CheckpointManager.save
+
+    def signalled_again(self: Any, step: int, *arguments: Any, **options: Any) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        save(self, step, *arguments, **options)
+
     monkeypatch.setattr(loop.Trainer, "_train_step", signalled)
+    monkeypatch.setattr(loop.CheckpointManager, "save", signalled_again)
     assert train(config_for(tmp_path)) == 0
     assert resolve(tmp_path).name == "step_00000006"
+    monkeypatch.undo()
+    train(config_for(tmp_path))
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_signal_before_the_first_step(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = loop.build_pipeline
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(loop, "build_pipeline", signalled)
+    assert train(config_for(tmp_path)) == 0
+    assert [r["message"] for r in records(tmp_path, "event")][1:] == [
+        "stopping at step 0 on SIGUSR1; the same command continues from here"
+    ]
     monkeypatch.undo()
     train(config_for(tmp_path))
     assert losses(tmp_path) == losses(whole)

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Trains on one node or many. Arguments are those of training (python -m megatron_mamba.train --help):
+#   ./launch/torchrun.sh model=hybrid_8b data.path=PREFIX trainer.train_samples=100000 run.dir=runs/a
+# On many nodes, the same on each of them, with the name of one in HEAD (launch/slurm/pretrain.sbatch does so):
+#   NNODES=4 HEAD=node01 ./launch/torchrun.sh ...
+#
+# Settings, from the environment:
+#   NPROC_PER_NODE  processes of this node (default: its GPUs, or 1 without any)
+#   NNODES          nodes (1)
+#   HEAD            host where they meet, one of the nodes (needed if there are several)
+#   NODE_RANK       0 on HEAD and another number elsewhere (default: each node compares HEAD with its own names)
+#   PORT            port there (29500; on one node any free one)
+#   RUN_ID          what the nodes of one run have in common (default: the port)
+#   MAX_RESTARTS    how often all processes are started anew, from the last checkpoint, after one failed (0)
+#   LOG_DIR         folder of what each process writes (run.dir/logs); the console shows the first process of each node
+#   PYTHON          the interpreter (.venv's if there is one, else python3)
+#   SITE_ENV        a file to source first; see launch/env.sh for what is set besides
+#
+# SIGTERM or SIGUSR1 to this script: the processes write a checkpoint and end, and so does it, with exit code 0. The same command
+# continues from there.
+set -euo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() {
+  printf 'torchrun.sh: %s\n' "$@" >&2
+  exit 2
+}
+
+positive() {
+  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || fail "$1=${!1} is not a positive number"
+}
+
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+  python=python3
+  [[ -n ${VIRTUAL_ENV:-} || ! -x $repository/.venv/bin/python ]] || python=$repository/.venv/bin/python
+fi
+"$python" -c 'import torch, megatron_mamba' 2>/dev/null ||
+  fail "$python has no torch or no megatron_mamba" "Run ./launch/setup.sh, or set PYTHON=/path/to/python"
+
+NNODES=${NNODES:-1}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+PORT=${PORT:-29500}
+positive NNODES
+positive NPROC_PER_NODE
+positive PORT
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number"
+
+run_dir=runs/default
+for argument in "$@"; do
+  [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
+done
+logs=${LOG_DIR:-$run_dir/logs}
+ranks=$NPROC_PER_NODE
+meet=(--rdzv-backend=c10d --rdzv-id="${RUN_ID:-$PORT}")
+if ((NNODES == 1)); then
+  meet+=(--rdzv-endpoint=localhost:0)
+else
+  [[ -n ${HEAD:-} ]] || fail "NNODES=$NNODES needs HEAD=HOST, the name of one of the nodes, the same on all"
+  meet+=(--rdzv-endpoint="$HEAD:$PORT")
+  [[ -z ${NODE_RANK:-} ]] || meet+=(--rdzv-conf="is_host=$([[ $NODE_RANK == 0 ]] && echo true || echo false)")
+fi
+
+mkdir -p "$logs"
+# shellcheck source=launch/env.sh
+source "$repository/launch/env.sh"
+
+# SIGUSR1 is for the training processes, which take it from when they are set up until they end. torchrun would die of it, as would they
+# before and after: SLURM sends it to every process.
+(
+  trap '' USR1
+  exec "$python" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${meet[@]}" \
+    --max-restarts="$MAX_RESTARTS" --log-dir="$logs" --tee=3 --local-ranks-filter=0 \
+    -m megatron_mamba.train "$@"
+) &
+agent=$!
+
+# Again and again, for those that were not set up yet or have been started anew since.
+told=
+stop() {
+  told=1
+  # shellcheck disable=SC2046
+  kill -USR1 $(cat "/proc/$agent/task/"*/children 2>/dev/null) 2>/dev/null || true
+}
+trap stop USR1 TERM
+trap 'kill -INT "$agent" 2>/dev/null || true' INT
+
+while kill -0 "$agent" 2>/dev/null; do
+  if [[ -n $told ]]; then
+    sleep 2 &
+    wait -n "$agent" $! || true
+    stop
+  else
+    wait "$agent" || true
+  fi
+done
+wait "$agent"

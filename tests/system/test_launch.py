@@ -1,0 +1,186 @@
+"""launch/torchrun.sh and launch/slurm: what a signal does, on one node and on two of a SLURM cluster that lives in a folder.
+
+The cluster needs slurmctld, slurmd and slurm-client (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client) and root.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_torchrun import MODEL, RUN, run
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+SETTINGS = [*MODEL, *RUN, "checkpoint.interval=1000", f"trainer.train_samples={4 * STEPS}", "trainer.device=cpu", "parallel=tp2",
+            "recompute=selective"]  # fmt: skip
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+KillWait=5
+ReturnToService=2
+SchedulerParameters=sched_interval=1
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=1000
+PartitionName=main Nodes=ALL Default=YES
+"""
+
+
+def until(condition: Callable[[], object], seconds: float, what: str, failed: Callable[[], str] = str) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} after {seconds} s; {failed()}"
+        time.sleep(0.05)
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if r["kind"] == kind]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(folder, "train")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the run on one rank, which nothing interrupts."""
+    return run(tmp_path_factory.mktemp("alone") / "run", 1, "cpu", f"trainer.train_samples={4 * STEPS}")
+
+
+def environment(**others: str) -> dict[str, str]:
+    """What the scripts run with: this interpreter, two processes a node."""
+    return os.environ | {"PYTHON": sys.executable, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"} | others
+
+
+def test_torchrun_saves_and_ends_well_when_told(tmp_path: Path, alone: dict[int, float]) -> None:
+    """Two ranks, told to end, and then one that goes on: the losses are those of one rank that nothing interrupted."""
+    command = [ROOT / "launch/torchrun.sh", *SETTINGS, f"run.dir={tmp_path}"]
+    with (tmp_path / "output").open("w") as output:
+        started = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        until(lambda: len(losses(tmp_path)) >= 3, 120, "third step", (tmp_path / "output").read_text)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0, (tmp_path / "output").read_text()
+    stopped = max(losses(tmp_path))
+    assert 3 <= stopped < STEPS
+    assert sorted(path.name for path in (tmp_path / "logs").glob("*/attempt_0/*/stdout.log")) == ["stdout.log"] * 2
+    assert run(tmp_path, 1, "cpu", f"trainer.train_samples={4 * STEPS}") == pytest.approx(alone, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"NNODES": "2"}, "NNODES=2 needs HEAD=HOST"),
+        ({"NPROC_PER_NODE": "many"}, "NPROC_PER_NODE=many is not a positive number"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number"),
+        ({"PYTHON": "/no/python"}, "/no/python has no torch or no megatron_mamba"),
+    ],
+)
+def test_torchrun_refuses(settings: dict[str, str], said: str, tmp_path: Path) -> None:
+    command = [ROOT / "launch/torchrun.sh", "model=hybrid_tiny", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def free_ports(count: int) -> list[int]:
+    """Consecutive ports that nothing listens on."""
+    for first in range(20_000 + os.getpid() % 10_000, 32_000, count):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for i, one in enumerate(sockets):
+                one.bind(("127.0.0.1", first + i))
+            return list(range(first, first + count))
+        except OSError:
+            continue
+        finally:
+            for one in sockets:
+                one.close()
+    raise OSError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """A cluster of two nodes on this machine; runs a command of SLURM's and returns what it prints."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))):
+        pytest.skip("needs slurmctld, slurmd and slurm-client, and root")
+    folder = tmp_path_factory.mktemp("slurm")
+    port, first, last = free_ports(3)
+    (folder / "state").mkdir()
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(port=port, first=first, last=last, folder=folder))
+    outside = {name: value for name, value in environment().items() if not name.startswith("SLURM_")}
+    inside = outside | {"SLURM_CONF": str(folder / "slurm.conf")}
+    daemons = []
+    for name, *command in (("ctld", "slurmctld", "-D"), ("n1", "slurmd", "-D", "-N", "n1"), ("n2", "slurmd", "-D", "-N", "n2")):
+        with (folder / f"{name}.log").open("w") as log:
+            daemons.append(subprocess.Popen(command, env=inside, stdout=log, stderr=log))
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, env=inside, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def idle() -> bool:
+        done = subprocess.run(["sinfo", "--noheader", "--format=%T %D"], env=inside, capture_output=True, text=True)
+        return done.stdout.strip() == "idle 2"
+
+    try:
+        until(idle, 60, "idle nodes", lambda: "".join(log.read_text() for log in folder.glob("*.log")))
+        yield call
+    finally:
+        subprocess.run(["scancel", "--user=root"], env=inside, check=False)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(30)
+
+
+def test_slurm_job_is_preempted_requeued_and_finishes(
+    slurm: Callable[..., str], tmp_path: Path, alone: dict[int, float]
+) -> None:  # fmt: skip
+    """Two nodes, tp2 x dp2: the losses are those of one rank that nothing interrupted."""
+    options = ["--parsable", "--nodes=2", f"--chdir={ROOT}", f"--output={tmp_path}/log"]
+    job = slurm("sbatch", *options, str(ROOT / "launch/slurm/pretrain.sbatch"), *SETTINGS, f"run.dir={tmp_path}/run")
+
+    def state() -> str:
+        return slurm("scontrol", "--oneliner", "show", "job", job).split("JobState=")[1].split()[0]
+
+    def log() -> str:
+        return f"{state()}: {(tmp_path / 'log').read_text() if (tmp_path / 'log').exists() else 'no log'}"
+
+    until(lambda: len(losses(tmp_path / "run")) >= 3, 120, "third step", log)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: state() == "PENDING", 60, "return to the queue", log)
+    stopped = max(losses(tmp_path / "run"))
+    assert 3 <= stopped < STEPS
+    # It would wait for two minutes; before three seconds the nodes take it for the one that has just ended.
+    time.sleep(3)
+    slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+    until(lambda: state() == "COMPLETED", 120, "end of the job", log)
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-10)
+    start, told, resumed = records(tmp_path / "run", "event")
+    assert (start["event"], resumed["event"], resumed["step"]) == ("start", "resume", stopped)
+    assert told["message"].startswith(f"stopping at step {stopped} on ")
+    of_job = {name: value for name, value in resumed["job"].items() if name.startswith("slurm_")}
+    assert of_job == {"slurm_job": job, "slurm_nodes": "n[1-2]", "slurm_restarts": "1"}
+    assert f"job {job} goes back to the queue" in (tmp_path / "log").read_text()
