@@ -79,9 +79,11 @@ agent=$!
 # Again and again, for those that were not set up yet or have been started anew since.
 told=
 stop() {
+  local processes
   told=1
-  # shellcheck disable=SC2046
-  kill -USR1 $(cat "/proc/$agent/task/"*/children 2>/dev/null) 2>/dev/null || true
+  # Kernels built without the former have procps as a rule.
+  read -r -d '' -a processes < <(cat "/proc/$agent/task/"*/children 2>/dev/null || pgrep -P "$agent") || true
+  ((${#processes[@]} == 0)) || kill -USR1 "${processes[@]}" 2>/dev/null || true
 }
 trap stop USR1 TERM
 trap 'kill -INT "$agent" 2>/dev/null || true' INT

@@ -110,7 +110,7 @@ class ThreadRanks:
     def start_gather(self, x: Tensor) -> Callable[[], Tensor]:
         call, self._calls = self._calls, self._calls + 1
         self._sent.future(call, self.rank).set_result(x.clone())
-        return lambda: torch.stack([self._sent.future(call, rank).result(timeout=20.0) for rank in range(self.size)])
+        return lambda: torch.stack([self._sent.future(call, rank).result(timeout=200.0) for rank in range(self.size)])
 
 
 class Sent:

@@ -18,7 +18,7 @@ import pytest
 from test_torchrun import MODEL, RUN, run
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 30
+STEPS = 60
 SETTINGS = [*MODEL, *RUN, "checkpoint.interval=1000", f"trainer.train_samples={4 * STEPS}", "trainer.device=cpu", "parallel=tp2",
             "recompute=selective"]  # fmt: skip
 SLURM_CONF = """
@@ -44,11 +44,15 @@ PartitionName=main Nodes=ALL Default=YES
 """
 
 
-def until(condition: Callable[[], object], seconds: float, what: str, failed: Callable[[], str] = str) -> None:
+PATIENCE = 600
+"""Seconds to wait for anything: how long it takes a busy machine is not what is tested."""
+
+
+def until(condition: Callable[[], object], what: str, failed: Callable[[], str]) -> None:
     """Wait until a condition holds."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, f"no {what} after {seconds} s; {failed()}"
+        assert time.monotonic() < end, f"no {what} after {PATIENCE} s; {failed()}"
         time.sleep(0.05)
 
 
@@ -78,9 +82,9 @@ def test_torchrun_saves_and_ends_well_when_told(tmp_path: Path, alone: dict[int,
     command = [ROOT / "launch/torchrun.sh", *SETTINGS, f"run.dir={tmp_path}"]
     with (tmp_path / "output").open("w") as output:
         started = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
-        until(lambda: len(losses(tmp_path)) >= 3, 120, "third step", (tmp_path / "output").read_text)
+        until(lambda: len(losses(tmp_path)) >= 3, "third step", (tmp_path / "output").read_text)
         started.send_signal(signal.SIGTERM)
-        assert started.wait(60) == 0, (tmp_path / "output").read_text()
+        assert started.wait(PATIENCE) == 0, (tmp_path / "output").read_text()
     stopped = max(losses(tmp_path))
     assert 3 <= stopped < STEPS
     assert sorted(path.name for path in (tmp_path / "logs").glob("*/attempt_0/*/stdout.log")) == ["stdout.log"] * 2
@@ -146,13 +150,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
         return done.stdout.strip() == "idle 2"
 
     try:
-        until(idle, 60, "idle nodes", lambda: "".join(log.read_text() for log in folder.glob("*.log")))
+        until(idle, "idle nodes", lambda: "".join(log.read_text() for log in folder.glob("*.log")))
         yield call
     finally:
         subprocess.run(["scancel", "--user=root"], env=inside, check=False)
         for daemon in reversed(daemons):
             daemon.terminate()
-            daemon.wait(30)
+            daemon.wait(PATIENCE)
 
 
 def test_slurm_job_is_preempted_requeued_and_finishes(
@@ -168,15 +172,15 @@ def test_slurm_job_is_preempted_requeued_and_finishes(
     def log() -> str:
         return f"{state()}: {(tmp_path / 'log').read_text() if (tmp_path / 'log').exists() else 'no log'}"
 
-    until(lambda: len(losses(tmp_path / "run")) >= 3, 120, "third step", log)
+    until(lambda: len(losses(tmp_path / "run")) >= 3, "third step", log)
     slurm("scancel", "--batch", "--signal=USR1", job)
-    until(lambda: state() == "PENDING", 60, "return to the queue", log)
+    until(lambda: state() == "PENDING", "return to the queue", log)
     stopped = max(losses(tmp_path / "run"))
     assert 3 <= stopped < STEPS
     # It would wait for two minutes; before three seconds the nodes take it for the one that has just ended.
     time.sleep(3)
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
-    until(lambda: state() == "COMPLETED", 120, "end of the job", log)
+    until(lambda: state() == "COMPLETED", "end of the job", log)
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-10)
     start, told, resumed = records(tmp_path / "run", "event")
     assert (start["event"], resumed["event"], resumed["step"]) == ("start", "resume", stopped)

@@ -21,7 +21,7 @@ def run(folder: Path, ranks: int, device: str, *settings: str) -> dict[int, floa
     start = [sys.executable] if ranks == 1 else torchrun
     length = f"trainer.train_samples={4 * STEPS}"
     arguments = [*MODEL, *RUN, length, f"run.dir={folder}", f"trainer.device={device}", *settings]
-    done = subprocess.run([*start, "-m", "megatron_mamba.train", *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*start, "-m", "megatron_mamba.train", *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
