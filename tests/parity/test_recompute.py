@@ -119,7 +119,7 @@ def run(pattern: str, context: ParallelContext, recompute: Recompute) -> Pass:
         out = layer(x, info, None)
     saved, apart = sum(kept.values()), storages(layer, starts, *rope, out)
     # Gloo's threads let go of a tensor a moment after its collective has ended.
-    patience = time.monotonic() + 5
+    patience = time.monotonic() + 60
     while (held := forward.alive(apart)) > saved and time.monotonic() < patience:
         time.sleep(0.01)
     with Watch() as backward:

@@ -113,7 +113,7 @@ prepare.prepare(sys.argv[1:-2], sys.argv[-2], sys.argv[-1])
     arguments = [*map(str, inputs(source)), str(source / "tok.model"), str(tmp_path / "c")]
     process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.DEVNULL, cwd=ROOT)
     folder = tmp_path / "c.shards"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(folder.glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
