@@ -12,7 +12,8 @@
 #   PORT            port there (29500; on one node any free one)
 #   RUN_ID          what the nodes of one run have in common (default: the port)
 #   MAX_RESTARTS    how often all processes are started anew, from the last checkpoint, after one failed (0)
-#   LOG_DIR         folder of what each process writes (run.dir/logs); the console shows the first process of each node
+#   LOG_DIR         folder of what each process writes (default: logs, in run.dir where that is an argument); the console shows the
+#                   first process of each node
 #   PYTHON          the interpreter (.venv's if there is one, else python3)
 #   SITE_ENV        a file to source first; see launch/env.sh for what is set besides
 #
@@ -47,11 +48,11 @@ positive NPROC_PER_NODE
 positive PORT
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number"
 
-run_dir=runs/default
+run_dir=
 for argument in "$@"; do
   [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
 done
-logs=${LOG_DIR:-$run_dir/logs}
+logs=${LOG_DIR:-${run_dir:+$run_dir/}logs}
 ranks=$NPROC_PER_NODE
 meet=(--rdzv-backend=c10d --rdzv-id="${RUN_ID:-$PORT}")
 if ((NNODES == 1)); then
@@ -66,8 +67,8 @@ mkdir -p "$logs"
 # shellcheck source=launch/env.sh
 source "$repository/launch/env.sh"
 
-# SIGUSR1 is for the training processes, which take it from when they are set up until they end. torchrun would die of it, as would they
-# before and after: SLURM sends it to every process.
+# SIGUSR1 is for the training processes, which take it from when they are set up until they end. torchrun would die of it, as would
+# they before and after: SLURM sends it to every process.
 (
   trap '' USR1
   exec "$python" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${meet[@]}" \

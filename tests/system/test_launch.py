@@ -87,6 +87,9 @@ def test_torchrun_saves_and_ends_well_when_told(tmp_path: Path, alone: dict[int,
         assert started.wait(PATIENCE) == 0, (tmp_path / "output").read_text()
     stopped = max(losses(tmp_path))
     assert 3 <= stopped < STEPS
+    (start, _) = records(tmp_path, "event")
+    of_job = {name: value for name, value in start["job"].items() if not name.startswith("slurm_")}
+    assert of_job == {"host": socket.gethostname(), "torchrun_run": "29500", "torchrun_restarts": "0"}
     assert sorted(path.name for path in (tmp_path / "logs").glob("*/attempt_0/*/stdout.log")) == ["stdout.log"] * 2
     assert run(tmp_path, 1, "cpu", f"trainer.train_samples={4 * STEPS}") == pytest.approx(alone, rel=1e-10)
 

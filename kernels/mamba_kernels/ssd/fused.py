@@ -143,9 +143,10 @@ def states_kernel(
             c = (last - 1 - i).to(tl.int64)
         end = tl.minimum(c * Q + Q, S) - 1
         decay = tl.zeros((HEADS * BP,), dtype=tl.float32)
+        ends = ()
         for i_head in tl.static_range(HEADS):
-            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
-            decay = tl.where(k == i_head, _between(cs_end, lo_end, 0.0, 0.0, PRECISE), decay)
+            ends += _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
+            decay = tl.where(k == i_head, _between(ends[2 * i_head], ends[2 * i_head + 1], 0.0, 0.0, PRECISE), decay)
         document_before, document_end = 0, 0
         if HAS_DOCS:
             document_end = tl.load(doc_ptr + b * s_doc_b + end)
@@ -174,9 +175,8 @@ def states_kernel(
                 if REVERSE:
                     scale = _between(cs, lo, 0.0, 0.0, PRECISE)
                 else:
-                    cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
                     step = tl.load(step_ptr + head + i_head * S + t, mask=t < S, other=0.0)
-                    scale = _between(cs_end, lo_end, cs, lo, PRECISE) * step
+                    scale = _between(ends[2 * i_head], ends[2 * i_head + 1], cs, lo, PRECISE) * step
                 scales = tl.where(k[None, :] == i_head, tl.where(inside, scale, 0.0)[:, None], scales)
             v = _rows(v_ptr, q, begin, s_v_s, t < S, p, HEADS * P, EVEN, OPERAND).to(tl.float32)
             w = _rows(w_ptr, q, begin, s_w_s, t < S, n, N, EVEN, OPERAND)
