@@ -421,7 +421,6 @@ def main(argv: list[str]) -> int:
     shapes = FULL if device.type == "cuda" else TINY
     if args.tokens:
         shapes = replace(shapes, crossing_tokens=args.tokens)
-    backend.UNPROVEN.clear()  # What is measured are the kernels.
     backend.INTERPRETED = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     context = ParallelContext.create(ParallelConfig(), device.type)
     clock, peers, workers = Clock(device, args.repeats), Peers(args.peer_path), max((os.cpu_count() or 2) - 1, 1)

@@ -32,9 +32,6 @@ INTERPRETED = False
 AVAILABLE = importlib.util.find_spec("triton") is not None
 """Whether there are fused kernels: Triton is made for Linux."""
 
-UNPROVEN = {"selective_scan"}
-"""Ops whose kernels have not yet been held against float64 on a GPU: until then the reference runs there too. Tests empty it."""
-
 KERNELS: dict[str, Callable[..., Any]] = {}
 """What computes each registered operator, by name."""
 
@@ -42,9 +39,9 @@ Meta = dict[str, int]
 """Compile-time arguments of a kernel: block sizes, num_warps, num_stages."""
 
 
-def use_fused(x: Tensor, op: str = "") -> bool:
+def use_fused(x: Tensor) -> bool:
     """Whether an op on `x` runs fused: on a CUDA device, in float32 or narrower."""
-    if not FUSED or x.dtype not in FUSED_DTYPES or op in UNPROVEN:
+    if not FUSED or x.dtype not in FUSED_DTYPES:
         return False
     return x.is_cuda or (x.is_cpu and INTERPRETED) or (x.is_meta and META_DEVICE == "cuda")
 
@@ -136,10 +133,10 @@ recorder: Callable[[Any, tuple[int, ...], tuple[Any, ...], Meta], None] | None =
 """Called instead of a launch where set: the test that compiles every kernel without a GPU sets it."""
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], list[Any]]] = {}
+_compiled: dict[int, tuple[Any, int, dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], list[Any]]]]] = {}
+"""By its id, a kernel, whose own hash takes long, how many of its arguments are tensors, and what it was compiled to."""
 
 
-@cache
 def pointers(kernel: Any) -> int:
     """How many arguments of a kernel are tensors or None: the first, which are named so."""
     return next((i for i, name in enumerate(kernel.arg_names) if not name.endswith("_ptr")), len(kernel.arg_names))
@@ -160,27 +157,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if recorder is not None:
         recorder(kernel, grid, arguments, meta)
         return
-    first = next(a for a in arguments if a is not None)
+    known = _compiled.get(id(kernel))
+    if known is None:
+        known = _compiled[id(kernel)] = kernel, pointers(kernel), {}
+    _, count, of_kernel = known
+    tensors, numbers = arguments[:count], arguments[count:]
+    first = next(t for t in tensors if t is not None)
     if first.is_meta:
         return
-    count = pointers(kernel)
-    tensors, numbers = arguments[:count], arguments[count:]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    key = (
-        kernel, first.get_device(), numbers, *meta.values(),
-        *[a if a is None else (t.dtype, a % 16) for t, a in zip(tensors, addresses, strict=True)],
-    )  # fmt: skip
-    found = _compiled.get(key)
+    dtypes = [None if t is None else t.dtype for t in tensors]
+    key = (first.get_device(), numbers, *meta.values(), *dtypes, *[a and a % 16 for a in addresses])
+    found = of_kernel.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **meta)
         if compiled is not None:  # The interpreter compiles nothing.
             constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
             # What a compiled kernel's own __getitem__ calls; the three are hooks of Triton's profiler and what they are told.
-            _compiled[key] = compiled, (compiled.function, compiled.packed_metadata, None, None, None), constants
+            of_kernel[key] = compiled, (compiled.function, compiled.packed_metadata, None, None, None), constants
         return
-    compiled, of_kernel, constants = found
+    compiled, of_launch, constants = found
     stream = torch._C._cuda_getCurrentRawStream(first.get_device())
-    compiled.run(*(*grid, 1, 1)[:3], stream, *of_kernel, *addresses, *numbers, *constants)
+    compiled.run(*(*grid, 1, 1)[:3], stream, *of_launch, *addresses, *numbers, *constants)
 
 
 class Tunable:

@@ -2,6 +2,7 @@
 and how the scans carry their state over the ranks of a spread sequence."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -199,7 +200,7 @@ def _check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> N
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Sizes) -> None:
-    tokens = letters.split()
+    tokens = _tokens(letters)
     shape: list[Any] = list(tensor.shape)
     if tokens[0] == "..." and len(shape) >= len(tokens) - 1:
         leading = len(shape) - len(tokens) + 1
@@ -213,6 +214,11 @@ def _check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Sizes)
             return
     wanted = ", ".join(str(_size(token, sizes, token)) for token in tokens)
     raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wanted [{', '.join(tokens)}] = ({wanted})")
+
+
+@cache
+def _tokens(letters: str) -> list[str]:
+    return letters.split()
 
 
 def _size(token: str, sizes: Sizes, default: object) -> Any:

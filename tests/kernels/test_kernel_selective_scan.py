@@ -390,11 +390,11 @@ def test_fused_memory():
 
 
 def compile_cases():
-    """Every kernel at the shape of the 8B model and of small states, for the test that compiles them without a GPU."""
+    """Every kernel at the shape of the 8B model, of small states and of odd ones, for the test that compiles them without a GPU."""
     from mamba_kernels.selective_scan import operators
 
     kernels, empty = backend.KERNELS, partial(torch.empty, device="meta")
-    for state, dtype, starts in ((128, torch.bfloat16, False), (16, torch.bfloat16, True), (16, torch.float32, False)):
+    for state, dtype, starts in ((128, torch.bfloat16, False), (16, torch.bfloat16, True), (40, torch.float32, False)):
         # With states at both ends, and so short that one window holds all: each takes the compiler ten seconds.
         (x, _), dt = empty(1, 1024, 16_384, dtype=dtype).chunk(2, -1), empty(1, 1024, 8192, dtype=dtype)
         B, C = empty(1, 1024, 2 * state, dtype=dtype).chunk(2, -1)

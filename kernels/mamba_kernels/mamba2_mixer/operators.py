@@ -57,7 +57,7 @@ class Outputs(NamedTuple):
     y: Tensor  # [B, S, H, P]
     step: Tensor  # these as in `scans.Scan`
     cs: Tensor
-    lo: Tensor
+    fine: Tensor
     states: list[Tensor]  # before each chunk; of two parts of the heads over ranks
     squares: Tensor | None  # [T], of a group that is spread
 
@@ -101,7 +101,7 @@ def backward(
     norm.backward_into(*rows, as_rows(g_y.flatten(2)), as_rows(g_z), g_norm, kept.squares, projections, t.group_size, t.eps)
     x, B, C = split_convolved(kept.convolved, t.norm_weight, t.A, t.state_size)
     g_x, g_B, g_C = split_convolved(g_convolved, t.norm_weight, t.A, t.state_size)
-    scan = scans.Scan(x, B, C, t.A, t.D, (kept.step, kept.cs, kept.lo), scans.count_documents(t.document_start))
+    scan = scans.Scan(x, B, C, t.A, t.D, (kept.step, kept.cs, kept.fine), scans.count_documents(t.document_start))
     g = scans.Gradients(g_x, g_dt, g_B, g_C)
     sums, g_initial = scans.backward_into(scan, kept.states, g, dt, t.dt_bias, True, g_y, g_ssm_state, ranks)
     g_before = None if t.conv_state is None else t.conv_state.new_empty(t.conv_state.shape)
@@ -140,15 +140,15 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(
     g_out: Tensor, g_conv_state: Tensor | None, g_ssm_state: Tensor | None, convolved: Tensor, y: Tensor, step: Tensor, cs: Tensor,
-    lo: Tensor, states: Tensor, *arguments: Any,
+    fine: Tensor, states: Tensor, *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    kept = Outputs(g_out, g_out, g_out, convolved, y, step, cs, lo, [states], None)  # The first three are not looked at.
+    kept = Outputs(g_out, g_out, g_out, convolved, y, step, cs, fine, [states], None)  # The first three are not looked at.
     return backward(Inputs._make(arguments), kept, g_out, g_conv_state, g_ssm_state, None, None)
 
 
 def _backward_fake(
     g_out: Tensor, g_conv_state: Tensor | None, g_ssm_state: Tensor | None, convolved: Tensor, y: Tensor, step: Tensor, cs: Tensor,
-    lo: Tensor, states: Tensor, *arguments: Any,
+    fine: Tensor, states: Tensor, *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     t = Inputs._make(arguments)
     g_packed, g_weight, g_bias, g_norm = (of.new_empty(of.shape) for of in (t.packed, t.conv_weight, t.conv_bias, t.norm_weight))
@@ -181,7 +181,7 @@ _INPUTS = (
     "Tensor packed, Tensor conv_weight, Tensor conv_bias, Tensor A, Tensor D, Tensor dt_bias, Tensor norm_weight,"
     " Tensor? conv_state, Tensor? ssm_state, Tensor? document_start, int state_size, int group_size, float eps"
 )
-_KEPT = "Tensor convolved, Tensor y, Tensor step, Tensor cs, Tensor lo, Tensor states"
+_KEPT = "Tensor convolved, Tensor y, Tensor step, Tensor cs, Tensor fine, Tensor states"
 _SEVEN, _NINE = (f"({', '.join(['Tensor'] * count)})" for count in (7, 9))
 _gradients = register(
     "mamba2_mixer_backward", f"(Tensor g_out, Tensor? g_conv_state, Tensor? g_ssm_state, {_KEPT}, {_INPUTS}) -> {_SEVEN}",

@@ -60,7 +60,7 @@ def selective_scan(
     )  # fmt: skip
     check_document_start("selective_scan", sizes, document_start, x.device)
     ranks = spread_ranks("selective_scan", ranks, initial_state)
-    if use_fused(x, "selective_scan") and x.numel() > 0 and B.numel() > 0:
+    if use_fused(x) and x.numel() > 0 and B.numel() > 0:
         from mamba_kernels.selective_scan import operators
 
         y, final_state = operators.selective_scan(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, document_start, ranks)

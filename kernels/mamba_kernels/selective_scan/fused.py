@@ -119,14 +119,14 @@ def prepare_kernel(
     dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, step_ptr, A_out_ptr, rows_ptr, columns_ptr, S, E, N, length,
     s_dt_b, s_dt_s, s_A_e, s_A_n, s_B_b, s_B_s, s_C_b, s_C_s,
     BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr, SEGMENT: tl.constexpr, NT: tl.constexpr,
-    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of a segment: dt of one block of channels, or B and C, by token and, for the backward, by state dimension too."""
     segment, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, batches = tl.num_programs(1) - 1, tl.num_programs(2)
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, length)
-    n = tl.arange(0, NT)
+    n = tl.arange(0, WIDTH)  # A power of two, which NT need not be.
     if block < blocks:
         channel, lane = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
         out_ptr = step_ptr + (batch * blocks + block) * length * BLOCK
@@ -142,25 +142,25 @@ def prepare_kernel(
         if (segment == 0) & (batch == 0):
             inside = (channel[None, :] < E) & (n[:, None] < N)
             A = tl.load(A_ptr + channel[None, :].to(tl.int64) * s_A_e + n[:, None] * s_A_n, mask=inside, other=0.0)
-            tl.store(A_out_ptr + (block * NT + n[:, None]) * BLOCK + lane[None, :], A.to(tl.float32) * LOG2_E)
+            tl.store(A_out_ptr + (block * NT + n[:, None]) * BLOCK + lane[None, :], A.to(tl.float32) * LOG2_E, mask=n[:, None] < NT)
     else:
         for first in range(begin, end, STEPS):
             t = first + tl.arange(0, STEPS)[:, None]
             inside = (t < S) & (n[None, :] < N)
             B = tl.load(B_ptr + batch * s_B_b + t.to(tl.int64) * s_B_s + n[None, :], mask=inside, other=0.0).to(tl.float32)
             C = tl.load(C_ptr + batch * s_C_b + t.to(tl.int64) * s_C_s + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            at = t.to(tl.int64) * NT + n[None, :]
-            tl.store(rows_ptr + batch * length * NT + at, B)
-            tl.store(rows_ptr + (batches + batch) * length * NT + at, C)
+            at, inside = t.to(tl.int64) * NT + n[None, :], n[None, :] < NT
+            tl.store(rows_ptr + batch * length * NT + at, B, mask=inside)
+            tl.store(rows_ptr + (batches + batch) * length * NT + at, C, mask=inside)
             if BACKWARD:
                 at = columns_ptr + (batch * length + first) * (2 * NT) + n[None, :] * (2 * STEPS) + (t - first)
-                tl.store(at, B)
-                tl.store(at + STEPS, C)
+                tl.store(at, B, mask=inside)
+                tl.store(at + STEPS, C, mask=inside)
 
 
 @triton.jit
 def chunk_kernel(
-    input_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, state_ptr, sum_ptr, S, E, length, chunk_tokens,
+    input_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, state_ptr, sum_ptr, S, E, length, chunk_tokens, first_chunk, chunks,
     s_in_b, s_in_s, s_start_b, s_start_s,
     REVERSE: tl.constexpr, STARTS: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -168,9 +168,9 @@ def chunk_kernel(
 
     And the sum of its dt, infinite where a document starts in it.
     """
-    block, chunk = tl.program_id(0), tl.program_id(1)
+    block, chunk = tl.program_id(0), first_chunk + tl.program_id(1)
     batch, part = (tl.program_id(2) // (NT // COLUMNS)).to(tl.int64), tl.program_id(2) % (NT // COLUMNS)
-    blocks, chunks = tl.num_programs(0), tl.num_programs(1)
+    blocks = tl.num_programs(0)
     n, lane = part * COLUMNS + tl.arange(0, COLUMNS), tl.max_contiguous(tl.arange(0, BLOCK), BLOCK // 32)
     at = n[:, None] * BLOCK + lane[None, :]
     A = tl.load(A_ptr + block * (NT * BLOCK) + at)
@@ -218,7 +218,8 @@ def carry_kernel(
 ):  # fmt: skip
     """From what the chunks leave of a zero state, what there is before each (in its place, if STORE) and at the end.
 
-    In reverse the same for gradients: what there is after each chunk, and before the first.
+    In reverse the same for gradients: what there is after each chunk, and before the first. What the chunk passed last leaves is
+    for the end alone: without END it need not have been written.
     """
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -245,12 +246,12 @@ def scan_kernel(
     x_ptr, step_ptr, start_ptr, A_ptr, rows_ptr, D_ptr, begin_ptr, kept_ptr, end_ptr, y_ptr,
     S, E, length, chunk_tokens, batches,
     s_x_b, s_x_s, s_start_b, s_start_s, s_kept_b, s_y_b, s_y_p, s_y_k, s_y_s,
-    STARTS: tl.constexpr, SKIP: tl.constexpr, BEGIN: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr,
+    STARTS: tl.constexpr, SKIP: tl.constexpr, BEGIN: tl.constexpr, KEEP: tl.constexpr, ONLY: tl.constexpr,
     SEGMENT: tl.constexpr, NT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What some state dimensions have in y, in a chunk of a block of channels, from the state before it.
 
-    And the state before each segment, and after the last token.
+    And the state before each segment, and after the last token. ONLY: there is one chunk.
     """
     block, chunk = tl.program_id(0), tl.program_id(1)
     batch, part = (tl.program_id(2) // (NT // COLUMNS)).to(tl.int64), tl.program_id(2) % (NT // COLUMNS)
@@ -299,7 +300,7 @@ def scan_kernel(
                 y = tl.sum(state * Cs[j], axis=0) + skip * tl.reshape(xs[j], [BLOCK])
                 tl.store(y_at + j * s_y_s + lane, y.to(y_ptr.dtype.element_ty), mask=lane < tl.where(first + j < limit, count, 0))
             steps, xs, Bs = next_steps, next_xs, next_Bs
-    if END:
+    if ONLY or chunk == chunks - 1:
         tl.store(end_ptr + (batch * blocks + block) * (NT * BLOCK) + state_at, state)
 
 
@@ -372,6 +373,13 @@ def _adjoint(
         g *= decays[STEPS - 1 - i]
     terms = _stack(_reversed(of_B) + of_C, 2 * STEPS, 1, 32)
     return g, g_A, _reversed(new_g_Xs), _reversed(new_g_exponents), terms
+
+
+@triton.jit
+def _load_dimension(A_ptr, h_base, g_base, lane, j):
+    """A, the state and the gradients of the state and of A, of one state dimension."""
+    A, h = tl.load(A_ptr + j * BLOCK + lane[None, :]), tl.load(h_base + j * BLOCK)
+    return A, h, tl.load(g_base + j * BLOCK), tl.load(g_base + j * BLOCK + COLUMNS * BLOCK)
 
 
 @triton.jit
@@ -457,22 +465,25 @@ def gradient_kernel(
             tl.debug_barrier()
             h_base = scratch_ptr + group.to(tl.int64) * (COLUMNS * BLOCK) + lane[None, :]
             column_base = columns_ptr + first.to(tl.int64) * (2 * NT) + step
-            next_A, next_h = tl.load(A_ptr + lane[None, :]), tl.load(h_base)
             next_B = _unstack(tl.load(column_base), STEPS, 1)
             next_C = _unstack(tl.load(column_base + STEPS), STEPS, 1)
-            next_g, next_g_A = tl.load(g_base), tl.load(g_base + COLUMNS * BLOCK)
+            # Two state dimensions ahead: what comes from scratch memory may come from far.
+            evens = _load_dimension(A_ptr, h_base, g_base, lane, 0)
+            odds = _load_dimension(A_ptr, h_base, g_base, lane, 1)
             shares = tl.zeros([1, 2 * STEPS, COLUMNS], tl.float32)
             for pair in tl.range(tl.cdiv(tl.minimum(N, COLUMNS), 2), num_stages=1):
                 for half in tl.static_range(2):  # Twice the code moves no registers from one state dimension to the next.
                     j = pair * 2 + half
-                    A, h, B, C, g, g_A = next_A, next_h, next_B, next_C, next_g, next_g_A
+                    B, C = next_B, next_C
                     following = tl.minimum(j + 1, COLUMNS - 1)
-                    next_A = tl.load(A_ptr + following * BLOCK + lane[None, :])
-                    next_h = tl.load(h_base + following * BLOCK)
                     next_B = _unstack(tl.load(column_base + following * (2 * STEPS)), STEPS, 1)
                     next_C = _unstack(tl.load(column_base + following * (2 * STEPS) + STEPS), STEPS, 1)
-                    next_g = tl.load(g_base + following * BLOCK)
-                    next_g_A = tl.load(g_base + following * BLOCK + COLUMNS * BLOCK)
+                    if half == 0:
+                        A, h, g, g_A = evens
+                        evens = _load_dimension(A_ptr, h_base, g_base, lane, tl.minimum(j + 2, COLUMNS - 1))
+                    else:
+                        A, h, g, g_A = odds
+                        odds = _load_dimension(A_ptr, h_base, g_base, lane, tl.minimum(j + 2, COLUMNS - 1))
                     g, g_A, g_Xs, g_exponents, terms = _adjoint(
                         h, g, g_A, A, B, C, steps, Xs, g_ys, resets, g_Xs, g_exponents, STARTS
                     )

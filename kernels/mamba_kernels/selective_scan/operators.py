@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_kernels.backend import Meta, Tunable, launch, register
-from mamba_kernels.common import SequenceRanks, cdiv, contiguous, start_gradient_after, start_state_before, unit_stride
+from mamba_kernels.common import (
+    SequenceRanks,
+    cdiv,
+    contiguous,
+    next_power_of_2,
+    start_gradient_after,
+    start_state_before,
+    unit_stride,
+)
 from mamba_kernels.selective_scan import fused
 from mamba_kernels.selective_scan.reference import halves, total_decay
 
@@ -34,14 +42,16 @@ def segment_tokens(state_size: int) -> int:
 
 
 def _scan_candidates(state_size: int) -> list[Meta]:
-    shapes = [(2, 14), (2, 12), (2, 10), (2, 8), (4, 8), (4, 10), (4, 12)]
-    # Alone on a processor, fewer programs hide less of the time that memory takes: more tokens ahead do.
-    shapes = shapes if state_size <= 64 else shapes[4:] + shapes[:4]
-    return [{"GROUP": group, "PER_PROCESSOR": programs} for group, programs in shapes]
+    return [
+        {"GROUP": group, "PER_PROCESSOR": programs}
+        for group, programs in ((4, 8), (4, 10), (4, 12), (2, 14), (2, 12), (2, 10), (2, 8))
+    ]
 
 
 def _gradient_candidates(state_size: int) -> list[Meta]:
-    return [{"AHEAD": ahead, "PER_PROCESSOR": programs} for ahead in (2, 4) for programs in (8, 16, 12)]
+    # With more tokens ahead the kernel hides more of the time that memory takes, and has fewer registers for the rest.
+    few = [{"AHEAD": ahead, "PER_PROCESSOR": programs} for ahead in (4, 2) for programs in (8, 16)]
+    return few if state_size > 64 else few[2:] + few[:2]
 
 
 SCAN = Tunable("selective_scan", _scan_candidates)
@@ -196,19 +206,25 @@ def _prepare(t: Inputs, backward: bool) -> _Prepared:
         fused.prepare_kernel, (cdiv(length, t.segment), t.blocks + 1, batch), t.dt, t.dt_bias, t.A, t.B, t.C, step, A, rows,
         columns, length, channels, state_size, padded_length, *_strides(t.dt, 2), *t.A.stride(), *_strides(t.B, 2),
         *_strides(t.C, 2), BIAS=t.dt_bias is not None, SOFTPLUS=t.softplus, BACKWARD=backward, SEGMENT=t.segment, NT=t.states,
-        ROWS=32, num_warps=4,
+        WIDTH=next_power_of_2(t.states), ROWS=32, num_warps=4,
     )  # fmt: skip
     return _Prepared(step, A, rows, columns)
 
 
-def _chunk_states(t: Inputs, p: _Prepared, g_y: Tensor | None, tokens: int, meta: Meta) -> tuple[Tensor, Tensor]:
-    """What chunks leave of a zero state [B, C, K, N, BLOCK], or its gradient from that of y, and the sums of their dt."""
+def _chunk_states(
+    t: Inputs, p: _Prepared, g_y: Tensor | None, tokens: int, meta: Meta, *, every: bool
+) -> tuple[Tensor, Tensor]:
+    """What chunks leave of a zero state [B, C, K, N, BLOCK], or its gradient from that of y, and the sums of their dt.
+
+    Not of the last chunk to be passed, of which no other needs it, unless of `every` one.
+    """
     batch, length, channels, _ = t.sizes
     chunks, source, starts = cdiv(length, tokens), t.x if g_y is None else g_y, t.document_start
     states, sums = t.new(batch, chunks, t.blocks, t.states, BLOCK), t.new(batch, chunks, t.blocks, BLOCK)
+    passed, first = (chunks, 0) if every else (chunks - 1, int(g_y is not None))
     launch(
-        fused.chunk_kernel, (t.blocks, chunks, batch * t.parts), source, p.step, starts, p.A, p.rows[0 if g_y is None else 1],
-        states, sums, length, channels, p.rows.shape[2], tokens, *_strides(source, 2), *_strides(starts, 2),
+        fused.chunk_kernel, (t.blocks, passed, batch * t.parts), source, p.step, starts, p.A, p.rows[0 if g_y is None else 1],
+        states, sums, length, channels, p.rows.shape[2], tokens, first, chunks, *_strides(source, 2), *_strides(starts, 2),
         REVERSE=g_y is not None, STARTS=starts is not None, NT=t.states, GROUP=meta["GROUP"], num_warps=1,
     )  # fmt: skip
     return states, sums
@@ -236,7 +252,7 @@ def _state_through(t: Inputs, begin: Tensor | None, g_y: Tensor | None) -> tuple
     for window in windows:
         of_window, after = t.tokens(window), _new_blocks(t)
         p, tokens = _prepare(of_window, backward=False), _chunk_tokens(of_window, meta)
-        states, sums = _chunk_states(of_window, p, None if g_y is None else g_y[:, window], tokens, meta)
+        states, sums = _chunk_states(of_window, p, None if g_y is None else g_y[:, window], tokens, meta, every=True)
         _carry(of_window, p, states, sums, begin, after, reverse=g_y is not None, store=False)
         total += sums.sum(1).flatten(1)[:, :channels]
         begin = after
@@ -260,15 +276,15 @@ def _forward_window(t: Inputs, begin: Tensor | None, y: Tensor, end: Tensor, kep
     tokens = _chunk_tokens(t, meta)
     chunks, before = cdiv(length, tokens), begin
     if chunks > 1:
-        before, sums = _chunk_states(t, p, None, tokens, meta)
-        _carry(t, p, before, sums, begin, end, reverse=False, store=True)
+        before, sums = _chunk_states(t, p, None, tokens, meta, every=False)
+        _carry(t, p, before, sums, begin, None, reverse=False, store=True)
     of_parts = y if t.parts == 1 else t.new(batch, t.parts, t.blocks, length, BLOCK)
     y_strides = (y.stride(0), 0, BLOCK, y.stride(1)) if t.parts == 1 else of_parts.stride()[:4]
     launch(
         fused.scan_kernel, (t.blocks, chunks, batch * t.parts), t.x, p.step, starts, p.A, p.rows, t.D, before, kept, end, of_parts,
         length, channels, p.rows.shape[2], tokens, batch, *_strides(t.x, 2), *_strides(starts, 2), *_strides(kept, 1), *y_strides,
         STARTS=starts is not None, SKIP=t.D is not None,
-        BEGIN=before is not None, KEEP=kept is not None, END=chunks == 1, SEGMENT=t.segment, NT=t.states, GROUP=meta["GROUP"],
+        BEGIN=before is not None, KEEP=kept is not None, ONLY=chunks == 1, SEGMENT=t.segment, NT=t.states, GROUP=meta["GROUP"],
         num_warps=1,
     )  # fmt: skip
     if t.parts > 1:
@@ -314,7 +330,7 @@ def _backward_window(
     p, starts, (g_state_and_A, g_D, g_bias) = _prepare(t, backward=True), t.document_start, shares
     chunks, padded_length, after = cdiv(length, tokens), p.rows.shape[2], begin
     if chunks > 1:
-        after, sums = _chunk_states(t, p, g_y, tokens, SCAN(state_size))
+        after, sums = _chunk_states(t, p, g_y, tokens, SCAN(state_size), every=False)
         _carry(t, p, after, sums, begin, None, reverse=True, store=True)
     over_states = t.new(2, batch, t.parts, t.blocks, padded_length, BLOCK)
     scratch = t.new(g_state_and_A.numel() // 2 * (t.segment // STEPS))

@@ -33,10 +33,11 @@ LARGEST_EXPONENT = tl.constexpr(126.0)  # Keeps what a mask sets to zero finite.
 
 @triton.jit
 def decays_kernel(
-    dt_ptr, bias_ptr, A_ptr, step_ptr, cs_ptr, lo_ptr, S, H, chunks, s_dt_b, s_dt_s,
+    dt_ptr, bias_ptr, A_ptr, step_ptr, cs_ptr, fine_ptr, S, H, chunks, s_dt_b, s_dt_s,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """step = softplus(dt + dt_bias) and cs = cumulative sum of step A log2(e) in a chunk, from [B, S, H] to [B, H, S]."""
+    """step = softplus(dt + dt_bias) and cs = cumulative sum of step A log2(e) in a chunk, from [B, S, H] to [B, H, S]; and what the
+    rounding of cs lost (PRECISE), or else cs - log2(step)."""
     b, c = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     h, t = tl.program_id(1) * BH + tl.arange(0, BH), c * Q + tl.arange(0, Q)
     mask = (t[:, None] < S) & (h[None, :] < H)
@@ -53,8 +54,10 @@ def decays_kernel(
     high = cs.to(tl.float32)
     tl.store(step_ptr + at, step, mask=mask)
     tl.store(cs_ptr + at, high, mask=mask)
+    fine = high - tl.log2(step)
     if PRECISE:
-        tl.store(lo_ptr + at, (cs - high.to(tl.float64)).to(tl.float32), mask=mask)
+        fine = (cs - high.to(tl.float64)).to(tl.float32)
+    tl.store(fine_ptr + at, fine, mask=mask)
 
 
 @triton.jit
@@ -67,12 +70,32 @@ def _between(cs_i, lo_i, cs_j, lo_j, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _load_cs(cs_ptr, lo_ptr, t, mask, PRECISE: tl.constexpr):
+def _load_cs(cs_ptr, fine_ptr, t, mask, PRECISE: tl.constexpr):
     cs = tl.load(cs_ptr + t, mask=mask, other=0.0)
     lo = cs
     if PRECISE:
-        lo = tl.load(lo_ptr + t, mask=mask, other=0.0)
+        lo = tl.load(fine_ptr + t, mask=mask, other=0.0)
     return cs, lo
+
+
+@triton.jit
+def _load_sources(step_ptr, cs_ptr, fine_ptr, t, mask, PRECISE: tl.constexpr):
+    """Of tokens j, what `_weighted` takes: the fewer vectors the better, as each is spread over the columns of a tile."""
+    if PRECISE:
+        cs, lo = _load_cs(cs_ptr, fine_ptr, t, mask, PRECISE)
+        return cs, lo, tl.load(step_ptr + t, mask=mask, other=0.0)
+    else:
+        source = tl.load(fine_ptr + t, mask=mask, other=0.0)
+        return source, source, source
+
+
+@triton.jit
+def _weighted(value, cs_i, lo_i, cs_j, lo_j, step_j, PRECISE: tl.constexpr):
+    """value exp(cs_i - cs_j) step_j; zero where the value is, also where i < j and the rest would overflow."""
+    value *= _between(cs_i, lo_i, cs_j, lo_j, PRECISE)
+    if PRECISE:
+        value *= step_j
+    return value
 
 
 @triton.jit
@@ -109,7 +132,7 @@ def _at(ptr, b, s_b, i, s_i):
 
 @triton.jit
 def states_kernel(
-    v_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
+    v_ptr, w_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
     S, H, K, P, N, chunks, segment, s_v_b, s_v_s, s_v_h, s_w_b, s_w_s, s_w_g, s_cs_b, s_doc_b,
     REVERSE: tl.constexpr, HAS_FROM: tl.constexpr, WRITE: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr,
     EVEN: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -145,7 +168,7 @@ def states_kernel(
         decay = tl.zeros((HEADS * BP,), dtype=tl.float32)
         ends = ()
         for i_head in tl.static_range(HEADS):
-            ends += _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + end, end >= 0, PRECISE)
+            ends += _load_cs(cs_ptr + head, fine_ptr + head, i_head * S + end, end >= 0, PRECISE)
             decay = tl.where(k == i_head, _between(ends[2 * i_head], ends[2 * i_head + 1], 0.0, 0.0, PRECISE), decay)
         document_before, document_end = 0, 0
         if HAS_DOCS:
@@ -171,12 +194,12 @@ def states_kernel(
                 inside = inside & (document == (document_before if REVERSE else document_end))
             scales = tl.zeros((STEP, 1), dtype=tl.float32)
             for i_head in tl.static_range(HEADS):
-                cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, i_head * S + t, t < S, PRECISE)
                 if REVERSE:
+                    cs, lo = _load_cs(cs_ptr + head, fine_ptr + head, i_head * S + t, t < S, PRECISE)
                     scale = _between(cs, lo, 0.0, 0.0, PRECISE)
                 else:
-                    step = tl.load(step_ptr + head + i_head * S + t, mask=t < S, other=0.0)
-                    scale = _between(ends[2 * i_head], ends[2 * i_head + 1], cs, lo, PRECISE) * step
+                    cs, lo, step = _load_sources(step_ptr + head, cs_ptr + head, fine_ptr + head, i_head * S + t, t < S, PRECISE)
+                    scale = _weighted(1.0, ends[2 * i_head], ends[2 * i_head + 1], cs, lo, step, PRECISE)
                 scales = tl.where(k[None, :] == i_head, tl.where(inside, scale, 0.0)[:, None], scales)
             v = _rows(v_ptr, q, begin, s_v_s, t < S, p, HEADS * P, EVEN, OPERAND).to(tl.float32)
             w = _rows(w_ptr, q, begin, s_w_s, t < S, n, N, EVEN, OPERAND)
@@ -209,7 +232,7 @@ def carry_kernel(
 
 @triton.jit
 def _output_rows(
-    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
     S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
     s_cs_b, s_doc_b, ACROSS: tl.constexpr, REVERSE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
@@ -245,27 +268,27 @@ def _output_rows(
     for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + tl.program_id(2) * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
-        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
-        step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
-        # In this order, as zeros of `pairs` times a product that overflows would not be zero.
+        cs, lo = _load_cs(cs_ptr + head, fine_ptr + head, t, t < S, PRECISE)
         if REVERSE:
-            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+            step = tl.load(step_ptr + head + t, mask=t < S, other=0.0)
+            cs_end, lo_end = _load_cs(cs_ptr + head, fine_ptr + head, end, end >= 0, PRECISE)
             M = (pairs * _between(cs[None, :], lo[None, :], cs[:, None], lo[:, None], PRECISE)).to(OPERAND)
         else:
-            M = (pairs * _between(cs[:, None], lo[:, None], cs[None, :], lo[None, :], PRECISE) * step[None, :]).to(OPERAND)
+            cs_j, lo_j, step_j = _load_sources(step_ptr + head, cs_ptr + head, fine_ptr + head, t, t < S, PRECISE)
+            M = _weighted(pairs, cs[:, None], lo[:, None], cs_j[None, :], lo_j[None, :], step_j[None, :], PRECISE).to(OPERAND)
         if ACROSS:
             border = tl.minimum(c * Q + R, S) - 1
-            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
-            cs_other, lo_other = _load_cs(cs_ptr + head, lo_ptr + head, o, o < S, PRECISE)
+            cs_border, lo_border = _load_cs(cs_ptr + head, fine_ptr + head, border, border >= 0, PRECISE)
             if REVERSE:
+                cs_other, lo_other = _load_cs(cs_ptr + head, fine_ptr + head, o, o < S, PRECISE)
                 decay = tl.where(t < S, _between(cs_border, lo_border, cs, lo, PRECISE), 0.0)
                 decay_state = tl.where(linked, _between(cs_end, lo_end, cs_border, lo_border, PRECISE), 0.0)
                 weight = tl.where(o < S, _between(cs_other, lo_other, cs_border, lo_border, PRECISE), 0.0)
             else:
                 decay = _between(cs, lo, cs_border, lo_border, PRECISE)
                 decay_state = tl.where(linked, _between(cs_border, lo_border, 0.0, 0.0, PRECISE), 0.0)
-                weight = _between(cs_border, lo_border, cs_other, lo_other, PRECISE)
-                weight *= tl.load(step_ptr + head + o, mask=o < S, other=0.0)
+                cs_o, lo_o, step_o = _load_sources(step_ptr + head, cs_ptr + head, fine_ptr + head, o, o < S, PRECISE)
+                weight = _weighted(1.0, cs_border, lo_border, cs_o, lo_o, step_o, PRECISE)
         elif REVERSE:
             decay_state = tl.where(linked, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
         else:
@@ -290,7 +313,7 @@ def _output_rows(
 
 @triton.jit
 def output_kernel(
-    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr,
+    v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr,
     S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
     s_cs_b, s_doc_b, REVERSE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
@@ -301,13 +324,13 @@ def output_kernel(
     c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     if tl.program_id(0) % 2 == 0:
         _output_rows(
-            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
             s_cs_b, s_doc_b, REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
     else:
         _output_rows(
-            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
+            v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
             s_cs_b, s_doc_b, not REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
@@ -315,7 +338,7 @@ def output_kernel(
 
 @triton.jit
 def _pairs_of_heads(
-    BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+    BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, fine_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
     b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, ACROSS: tl.constexpr,
     HAS_D: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr,
     num_stages: tl.constexpr,
@@ -336,12 +359,12 @@ def _pairs_of_heads(
             x = _rows(x_head, r, begin_j, s_x_s, j < S, p, P, EVEN, OPERAND)
             g_y = _rows(g_y_head, r, begin_i, s_gy_s, i < S, p, P, EVEN, OPERAND)
             g_M = tl.dot(x, tl.trans(g_y), g_M, input_precision="ieee")
-        cs_j, lo_j = _load_cs(cs_ptr + head, lo_ptr + head, j, j < S, PRECISE)
-        cs_i, lo_i = _load_cs(cs_ptr + head, lo_ptr + head, i, i < S, PRECISE)
+        cs_j, lo_j = _load_cs(cs_ptr + head, fine_ptr + head, j, j < S, PRECISE)
+        cs_i, lo_i = _load_cs(cs_ptr + head, fine_ptr + head, i, i < S, PRECISE)
         step = tl.load(step_ptr + head + j, mask=j < S, other=0.0)
         if ACROSS:
             border = tl.minimum(begin_i, S) - 1
-            cs_border, lo_border = _load_cs(cs_ptr + head, lo_ptr + head, border, border >= 0, PRECISE)
+            cs_border, lo_border = _load_cs(cs_ptr + head, fine_ptr + head, border, border >= 0, PRECISE)
             decay_j = _between(cs_border, lo_border, cs_j, lo_j, PRECISE)
             decay_i = tl.where(i < S, _between(cs_i, lo_i, cs_border, lo_border, PRECISE), 0.0)
             g_BC += g_M * ((decay_j * step)[:, None] * decay_i[None, :])
@@ -351,8 +374,10 @@ def _pairs_of_heads(
         else:
             if HAS_D:
                 tl.store(g_D_ptr + at + j, tl.sum(tl.where(r[:, None] == r[None, :], g_M, 0.0), axis=1), mask=j < S)
-            g_M *= _between(cs_i[None, :], lo_i[None, :], cs_j[:, None], lo_j[:, None], PRECISE)
-            g_M = tl.where(visible, g_M, 0.0)
+            exponent = cs_i[None, :] - cs_j[:, None]
+            if PRECISE:
+                exponent += lo_i[None, :] - lo_j[:, None]
+            g_M *= tl.exp2(tl.where(visible, exponent, float("-inf")))
             g_BC += g_M * step[:, None]
             g_M *= BC
             tl.store(g_column_ptr + at + j, tl.sum(g_M, axis=1), mask=j < S)
@@ -366,7 +391,7 @@ def _pairs_of_heads(
 
 @triton.jit
 def pair_gradient_kernel(
-    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, g_BC_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr,
+    x_ptr, B_ptr, C_ptr, g_y_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, g_BC_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr,
     g_D_ptr, S, H, G, K, P, N, chunks, heads, s_x_b, s_x_s, s_x_h, s_B_b, s_B_s, s_B_g, s_C_b, s_C_s, s_C_g, s_gy_b, s_gy_s, s_gy_h,
     s_cs_b, s_doc_b,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
@@ -395,13 +420,13 @@ def pair_gradient_kernel(
     BC = tl.where(visible, tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)
     if block < 2:
         g_BC = _pairs_of_heads(
-            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, fine_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
             b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, False,
             HAS_D, PRECISE, EVEN, R, PADDED_P, BP, num_stages,
         )  # fmt: skip
     else:
         g_BC = _pairs_of_heads(
-            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, lo_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
+            BC, visible, x_ptr, g_y_ptr, step_ptr, cs_ptr, fine_ptr, g_inside_ptr, g_row_ptr, g_column_ptr, g_after_ptr, g_D_ptr,
             b, c, g, begin_j, begin_i, S, H, K, P, heads, s_x_b, s_x_s, s_x_h, s_gy_b, s_gy_s, s_gy_h, s_cs_b, True,
             HAS_D, PRECISE, EVEN, R, PADDED_P, BP, num_stages,
         )  # fmt: skip
@@ -412,7 +437,7 @@ def pair_gradient_kernel(
 
 @triton.jit
 def group_gradient_kernel(
-    v_ptr, u_ptr, w_ptr, step_ptr, cs_ptr, lo_ptr, doc_ptr, states_ptr, g_BC_ptr, g_ptr, g_edge_ptr,
+    v_ptr, u_ptr, w_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, g_BC_ptr, g_ptr, g_edge_ptr,
     S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_g_k, s_g_b, s_g_s, s_g_g,
     s_cs_b, s_doc_b,
     OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
@@ -442,9 +467,9 @@ def group_gradient_kernel(
     for k in tl.range(0, heads, num_stages=num_stages):
         h = g * K + split * heads + k
         head = b * s_cs_b + h.to(tl.int64) * S
-        cs, lo = _load_cs(cs_ptr + head, lo_ptr + head, t, t < S, PRECISE)
+        cs, lo = _load_cs(cs_ptr + head, fine_ptr + head, t, t < S, PRECISE)
         if OF_B:
-            cs_end, lo_end = _load_cs(cs_ptr + head, lo_ptr + head, end, end >= 0, PRECISE)
+            cs_end, lo_end = _load_cs(cs_ptr + head, fine_ptr + head, end, end >= 0, PRECISE)
             decay = tl.where(inside, _between(cs_end, lo_end, cs, lo, PRECISE), 0.0)
             weight = decay * tl.load(step_ptr + head + t, mask=t < S, other=0.0)
         else:

@@ -37,26 +37,33 @@ def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves:
     """`waves`: 1 where heads are no more than multiprocessors, of which smaller tiles may keep more at work; else 2. Two heads of a
     program share what they read of B or C."""
     length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
-    tiles = [(length, block_p, block_n, 8, 2), (length, block_p, block_n, 8, 3)]
-    tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (2, 3)]
-    tiles += [(length // 2, block_p, max(block_n // 2, 16), 4, stages) for stages in (2, 3)]
+    tiles = [(length, block_p, block_n, 8, stages) for stages in (3, 2, 4)]
+    tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (3, 2)]
+    tiles += [(length // 2, block_p, max(block_n // 2, 16), 4, stages) for stages in (3, 2)]
     alone = [
         {"STEP": step, "HEADS": 1, "BP": p, "BN": n, "num_warps": warps, "num_stages": stages}
         for step, p, n, warps, stages in tiles
     ]
     if dtype == torch.float32 or block_p != head_dim:
         return alone
-    return [*alone, *(meta | {"HEADS": 2, "num_warps": 8} for meta in alone[:4])]
+    return [*alone, *(meta | {"HEADS": 2, "num_warps": 8} for meta in alone[:5] if meta["num_stages"] < 4)]
+
+
+def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
+    """Those of the states, half a chunk a step first; and one more: a few spilled registers may cost less than a program less at a
+    time."""
+    candidates = _state_candidates(dtype, head_dim, state_size, waves)
+    return [*sorted(candidates, key=lambda meta: meta["STEP"]), candidates[1] | {"maxnreg": 128}]
 
 
 def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     block_p = min(head_dim, 64)
-    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (2, 3, 1)]
+    return [{"BP": block_p, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (3, 2, 4, 1)]
 
 
 def _token_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     block_p = min(head_dim, 64)
-    blocks = [(block_p, warps, stages) for warps in (4, 8) for stages in (1, 2, 3)]
+    blocks = [(block_p, warps, stages) for warps in (4, 8) for stages in (3, 2, 1)]
     blocks += [(32, 4, 2)] if block_p > 32 else []  # Fewer registers: none are spilled.
     return [{"BP": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in blocks]
 
@@ -65,14 +72,9 @@ def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> lis
     length, block_p = chunk_length(dtype), min(head_dim, 64)
     shapes = ((length // 2, 4), (length, 8), (length, 4))
     few = [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
+    few += [meta | {"BP": 32} for meta in few if block_p > 32 and meta["num_warps"] == 4 and meta["num_stages"] > 1]
     # Two programs of eight warps fit a multiprocessor.
     return few + [few[0] | {"num_warps": 8, "num_stages": stages, "maxnreg": 128} for stages in (1, 2)]
-
-
-def _state_gradient_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
-    """As for the states, and one more: a few spilled registers may cost less than a program less at a time."""
-    candidates = _state_candidates(dtype, head_dim, state_size, waves)
-    return [*candidates, candidates[0] | {"maxnreg": 128}]
 
 
 STATES = Tunable("ssd_states", _state_candidates)
@@ -93,8 +95,8 @@ class Scan:
     ) -> None:  # fmt: skip
         """x [B, S, H, P]; B, C [B, S, G, N]; A, D [H]; document [B, S] int32, how many documents have started up to each token.
 
-        `kept` are float32 [B, H, S]: dt as the recurrence uses it; sums of dt A log2(e) from the chunk's start; and what rounding
-        the latter lost, which is empty but for float32 inputs.
+        `kept` are float32 [B, H, S]: dt as the recurrence uses it; cs, sums of dt A log2(e) from the chunk's start; and, of float32
+        inputs, what the rounding of cs lost, of others cs - log2(dt).
         """
         self.x, self.B, self.C = unit_stride(x), unit_stride(B), unit_stride(C)
         self.A, self.D, self.kept, self.document = A.contiguous(), contiguous(D), kept, document
@@ -128,8 +130,8 @@ class Scan:
         """Views of some heads, and of the groups they belong to."""
         if heads == ALL:
             return self
-        step, cs, lo = self.kept
-        kept = (step[:, heads], cs[:, heads], lo[:, heads] if lo.numel() else lo)
+        step, cs, fine = self.kept
+        kept = (step[:, heads], cs[:, heads], fine[:, heads])
         D = None if self.D is None else self.D[heads]
         return Scan(self.x[:, :, heads], self.B[:, :, groups], self.C[:, :, groups], self.A[heads], D, kept, self.document)
 
@@ -167,13 +169,12 @@ def prepare(
 ) -> Scan:  # fmt: skip
     """The problem with its step sizes and decays computed."""
     batch, length, heads, _ = x.shape
-    step, cs = (torch.empty(batch, heads, length, dtype=torch.float32, device=x.device) for _ in range(2))
-    lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
-    scan = Scan(x, B, C, A, D, (step, cs, lo), document)
+    step, cs, fine = (torch.empty(batch, heads, length, dtype=torch.float32, device=x.device) for _ in range(3))
+    scan = Scan(x, B, C, A, D, (step, cs, fine), document)
     block, dt = min(32, padded(heads)), unit_stride(dt)
     launch(
         fused.decays_kernel, (batch * scan.chunks, cdiv(heads, block)),
-        dt, contiguous(dt_bias), scan.A, step, cs, lo, length, heads, scan.chunks, dt.stride(0), dt.stride(1),
+        dt, contiguous(dt_bias), scan.A, step, cs, fine, length, heads, scan.chunks, dt.stride(0), dt.stride(1),
         SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, PRECISE=x.dtype == torch.float32, Q=scan.chunk, BH=block, num_warps=4,
     )  # fmt: skip
     return scan
@@ -357,7 +358,7 @@ def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     document_start: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """y, the final state, and what the backward keeps: step, cs, lo (see `Scan`) and the states before each chunk."""
+    """y, the final state, and what the backward keeps: step, cs, fine (see `Scan`) and the states before each chunk."""
     scan = prepare(x, dt, A, B, C, D, dt_bias, count_documents(document_start), softplus)
     y = x.new_empty(x.shape)
     final, (states,) = forward_into(scan, initial_state, None, y)
@@ -370,27 +371,26 @@ def forward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `_forward` returns, uninitialised."""
     (batch, length, heads, head_dim), state_size = x.shape, B.shape[3]
-    step, cs = (x.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
-    lo = torch.empty_like(cs) if x.dtype == torch.float32 else cs.new_empty(0)
+    step, cs, fine = (x.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(3))
     chunks = -(-length // chunk_length(x.dtype))
     final, states = cs.new_empty(batch, heads, head_dim, state_size), x.new_empty(batch, chunks, heads, head_dim, state_size)
-    return x.new_empty(x.shape), final, step, cs, lo, states
+    return x.new_empty(x.shape), final, step, cs, fine, states
 
 
 def _backward(
     g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor,
+    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, fine: Tensor,
     states: Tensor, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, dt, B, C, the sums [3, H] for A, dt_bias and D, and the gradient of the initial state."""
-    scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
+    scan = Scan(x, B, C, A, D, (step, cs, fine), count_documents(document_start))
     g = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
     return *g, *write_gradients(scan, states, g, dt, dt_bias, softplus, g_y, g_final)
 
 
 def _backward_fake(
     g_y: Tensor, g_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, lo: Tensor,
+    dt_bias: Tensor | None, initial_state: Tensor | None, document_start: Tensor | None, step: Tensor, cs: Tensor, fine: Tensor,
     states: Tensor, softplus: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     gradients = (t.new_empty(t.shape) for t in (x, dt, B, C))
@@ -419,7 +419,7 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_state,"
     " Tensor? document_start"
 )
-_KEPT = "Tensor step, Tensor cs, Tensor lo, Tensor states"
+_KEPT = "Tensor step, Tensor cs, Tensor fine, Tensor states"
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _gradients = register(
     "ssd_backward", f"(Tensor g_y, Tensor? g_final, {_INPUTS}, {_KEPT}, bool softplus) -> {_SIX}", _backward, _backward_fake
@@ -458,8 +458,8 @@ class _SpreadSSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, g_final: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, dt_bias, document_start, step, cs, lo, *states = ctx.saved_tensors
-        scan = Scan(x, B, C, A, D, (step, cs, lo), count_documents(document_start))
+        x, dt, A, B, C, D, dt_bias, document_start, step, cs, fine, *states = ctx.saved_tensors
+        scan = Scan(x, B, C, A, D, (step, cs, fine), count_documents(document_start))
         g = Gradients(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
         sums, _ = backward_into(scan, states, g, dt, dt_bias, ctx.softplus, g_y, g_final, ctx.ranks)
         g_A, g_bias, g_D = sums.unbind()
