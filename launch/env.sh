@@ -23,6 +23,10 @@ export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER-1}
 # A torchrun that is told to end passes the signal on, and kills workers that are not done by then; a save may take minutes.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT-600}
 
+# Processes that are started anew must not find what those before them left in the store where they meet, as they would in one that
+# torchrun keeps (pytorch issue 135712): the first process has it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-1}
+
 # When a collective times out, NCCL's flight recorder writes the last collectives of every rank beside the logs.
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT-1}
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE-$logs/nccl_trace_rank_}

@@ -316,11 +316,17 @@ class TrainerConfig:
     """Tokens whose logits exist at one time; 0 = as many as have logits of 1 GiB on a rank."""
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops with a checkpoint."""
+    watchdog_seconds: float | None = 900.0
+    """Without progress of a rank, after which all write their stacks and end; null: no watchdog."""
+    heartbeat_seconds: float = 60.0
+    """Without a sign of life of a rank for which others wait, after which they end."""
     stop_after_samples: int | None = None
     """Checkpoint and stop once this many samples are consumed (schedules still aim at train_samples)."""
 
     def validate(self) -> None:
-        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "max_skipped_steps")
+        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "max_skipped_steps", "heartbeat_seconds")
+        require(self.watchdog_seconds is None or self.watchdog_seconds > 0.0, "trainer.watchdog_seconds", self.watchdog_seconds,
+                "must be positive", "Use null for no watchdog")
         self.check_chunk()
         require((self.train_samples is None) != (self.train_tokens is None), "trainer.train_samples", self.train_samples,
                 "give exactly one of trainer.train_samples and trainer.train_tokens",

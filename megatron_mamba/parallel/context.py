@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_mamba.config import ConfigError, ParallelConfig
 from megatron_mamba.layout import Schedule
+from megatron_mamba.parallel.watchdog import Watchdog, own_store
 
 MESH_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Slowest first: tp neighbours are neighbouring ranks, so that tp stays inside a node."""
@@ -151,6 +152,13 @@ class ParallelContext:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
+
+    def watchdog(self, seconds: float | None, heartbeat_seconds: float, stopping: Callable[[], bool]) -> Watchdog:
+        """What watches over this rank and the next while it trains (a collective)."""
+        store, traces = own_store(os.environ, self.device), os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+        return Watchdog(
+            self.global_rank, self.world_size, store, seconds, heartbeat_seconds, stopping=stopping, traces=traces
+        )
 
     def close(self) -> None:
         """Leave the process group."""

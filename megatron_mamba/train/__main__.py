@@ -85,15 +85,17 @@ def main() -> None:
     # Only now, so that a mistake in the options is told at once and not after PyTorch has been loaded.
     from megatron_mamba.checkpoint import CheckpointError
     from megatron_mamba.data.indexed import DataError
+    from megatron_mamba.parallel.watchdog import crash, record
     from megatron_mamba.train.loop import train
     from megatron_mamba.train.resilience import TrainingError
 
     try:
         code = train(config)
-    except (ConfigError, DataError, CheckpointError) as error:
-        code = _report(error, 2)
-    except TrainingError as error:
-        code = _report(error, 1)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        record(error)
+        code = _report(error, 1 if isinstance(error, TrainingError) else 2)
+    except Exception as error:
+        crash(error)
     sys.exit(code)
 
 

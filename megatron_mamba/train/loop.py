@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from megatron_mamba.optim import (
 )
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.vocab import IGNORE
+from megatron_mamba.parallel.watchdog import Watchdog
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import plot_run
 from megatron_mamba.train.resilience import SkipCounter, StopRequest, TrainingError, seed_everything
@@ -50,22 +52,29 @@ def train(config: Config) -> int:
     """
     context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
     # From before the model is built until the last save is on the disk: no signal, be it the second, ends a rank in the middle.
-    with StopRequest(context) as stop:
-        try:
-            trainer = Trainer(config, context, stop)
+    with StopRequest(context) as stop, ExitStack() as closing:
+        closing.callback(context.close)
+        limits = config.trainer.watchdog_seconds, config.trainer.heartbeat_seconds
+        with context.watchdog(*limits, lambda: stop.received is not None) as watchdog:
             try:
+                trainer = Trainer(config, context, stop, watchdog)
+                closing.callback(trainer.close)
                 trainer.run()
-            finally:
-                trainer.close()
-        finally:
-            context.close()
+            except (ConfigError, TrainingError):  # On every rank alike.
+                raise
+            except Exception as error:
+                watchdog.failed(error)
+                if context.world_size > 1:
+                    closing.pop_all()  # Others may wait for what this rank no longer does.
+                raise
+            watchdog.reached(trainer.step, "end")
     return 0
 
 
 class Trainer:
     """One run on one rank: model, optimizer, data and the counters that a checkpoint holds."""
 
-    def __init__(self, config: Config, context: ParallelContext, stop: StopRequest) -> None:
+    def __init__(self, config: Config, context: ParallelContext, stop: StopRequest, watchdog: Watchdog | None = None) -> None:
         self.config, self.context, self.stop = config, context, stop
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
@@ -111,7 +120,8 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         self.metrics = MetricLogger(config, self.run_dir, self.is_main, consumed_samples=self.consumed_samples)
-        self.timer = PhaseTimer(context.device)
+        self._reached = watchdog.reached if watchdog is not None else lambda step, phase: None
+        self.timer = PhaseTimer(context.device, lambda phase: self._reached(self.step, phase))
         self.flops_per_token = 3 * flops_per_token(config.model, config.data.seq_length)
         self.throughput = Throughput(
             self.flops_per_token, context.world_size, context.device, config.logging.peak_tflops, self.consumed_tokens
@@ -219,6 +229,7 @@ class Trainer:
         with self.throughput.paused(), self.timer.phase("evaluate"), self._loader(dataset, padded) as batches, bar:
             for group, batch in zip(groups, batches, strict=True):
                 batch.labels_BS[len(group) :] = IGNORE
+                self._reached(self.step, "evaluate")
                 losses += self.pipeline.evaluate(batch, chunk_tokens=chunk)
                 tokens += (batch.labels_BS >= 0).sum()
                 bar.update()

@@ -85,13 +85,15 @@ class PhaseTimer:
     host wait in between; a phase's time is then the device's, idle waiting included.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
+    def __init__(self, device: torch.device, entered: Callable[[str], None] = lambda phase: None) -> None:
+        """`entered` is told of the beginning of each phase."""
+        self._device, self._cuda, self._entered = device, device.type == "cuda", entered
         self._marks: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the ``with`` block as phase `name`."""
+        self._entered(name)
         start = self._mark()
         yield
         self._marks[name].append((start, self._mark()))

@@ -1,0 +1,32 @@
+"""Training as the command line does it, with a fault on one rank: FAULT="KIND RANK STEP" in the environment."""
+
+import os
+
+import torch
+
+from megatron_mamba.train import loop
+from megatron_mamba.train.__main__ import main
+
+kind, rank, step = os.environ["FAULT"].split()
+train_step = loop.Trainer._train_step
+
+
+def faulty_step(self: loop.Trainer, *arguments: object) -> dict[str, object]:
+    if self.context.global_rank == int(rank) and self.step == int(step):
+        if kind == "exception":
+            raise ValueError("a fault on purpose")
+        assert kind == "nan"
+        norm = loop.global_grad_norm
+
+        def poisoned(parameters: list[torch.nn.Parameter], context: object) -> torch.Tensor:
+            loop.global_grad_norm = norm
+            gradient = next(p.grad for p in parameters if p.grad is not None)
+            getattr(gradient, "_local_tensor", gradient).fill_(torch.nan)
+            return norm(parameters, context)
+
+        loop.global_grad_norm = poisoned
+    return train_step(self, *arguments)
+
+
+loop.Trainer._train_step = faulty_step
+main()
