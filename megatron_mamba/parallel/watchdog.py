@@ -251,7 +251,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def record(error: BaseException) -> None:
     """Leave an exception and its traceback where torchrun, if it started this process, finds it: it shows a group's first one."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if dist.is_torchelastic_launched():
         try:
             raise error
         except BaseException as raised:  # What it writes is the exception that is handled.
