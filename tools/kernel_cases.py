@@ -262,7 +262,7 @@ def norms(s: Shapes, context: ParallelContext | None) -> list[Case]:
         ),
         Case(
             "layer_norm", shape, lambda device: make(device, s.hidden, "x", ["weight", "bias"]),
-            partial(ops.layer_norm, eps=1e-5), peers=[layer], again=["x", "weight"],
+            partial(ops.layer_norm, eps=1e-5), peers=[layer], again=["x", "weight"], tuned=True,
         ),
         Case(
             "gated_norm", f"{s.tokens} x {s.inner}, groups of {size}", lambda device: make(device, s.inner, "yz", ["weight"]),
@@ -287,7 +287,7 @@ def activations(s: Shapes, context: ParallelContext | None) -> list[Case]:
             "swiglu", shape, make("gate", "up"), ops.swiglu, peers=[Peer("torch", lambda gate, up: F.silu(gate) * up)], tuned=True
         ),
         Case("squared_relu", shape, make("x"), ops.squared_relu, peers=[Peer("torch", lambda x: F.relu(x).square())]),
-        Case("gelu", shape, make("x"), ops.gelu, peers=[Peer("torch", lambda x: F.gelu(x))]),
+        Case("gelu", shape, make("x"), ops.gelu, peers=[Peer("torch", lambda x: F.gelu(x))], tuned=True),
         Case(
             "rope", f"B{batch} L{length} H{heads} P{dim}", turned, ops.rope, constants=["cos", "sin"], again=["cos", "sin"],
             tuned=True,

@@ -1,5 +1,6 @@
 """tools/bench_kernels.py without a GPU: in the interpreter, with what only CUDA has replaced."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -346,23 +347,23 @@ def test_tuning_takes_the_fastest_of_each_kernel_and_keeps_other_entries(quick, 
     clock = Clock(torch.device("cpu"))
     tune = kernel_timing.tune
     monkeypatch.setattr(kernel_timing, "tune", lambda runs, ms, workers: tune(runs, clock.graph_ms, 1))
-    tunable = backend.Tunable.ALL["activation"]
-    candidates = tunable.candidates(torch.bfloat16)
+    tunable = importlib.import_module("mamba_kernels.activation.fused").FORWARD
+    candidates = tunable.candidates(torch.bfloat16, 1)
     smallest = min(meta["BLOCK"] for meta in candidates[1:])
     monkeypatch.setattr(kernel_timing, "GAIN", 1.015)
     table = tmp_path / "tuned.json"
     old = {"sm_80": {"norm": {"bfloat16 64": {"num_warps": 1}}}}
-    old["sm_90"] = {"activation": {"bfloat16": {"num_warps": 2}, "float32": {"num_warps": 3}}}
-    old["sm_90"]["activation_backward"] = {"bfloat16": {"BLOCK": 1}}
+    old["sm_90"] = {"activation": {"bfloat16 1": {"num_warps": 2}, "float32 1": {"num_warps": 3}}}
+    old["sm_90"]["activation_backward"] = {"bfloat16 1": {"BLOCK": 1}}
     table.write_text(json.dumps(old))
     searches = bench_kernels.tune_sections(relu_cases(), clock, "sm_90", table, 1)
     assert [search.tunable.name for search in searches] == ["activation", "activation_backward"]
-    assert len(timed) == len(candidates) + len(searches[1].tunable.candidates(torch.bfloat16))
+    assert len(timed) == len(candidates) + len(searches[1].tunable.candidates(torch.bfloat16, 1))
     written = json.loads(table.read_text())
     assert written["sm_80"] == old["sm_80"]
     best = next(meta for meta in candidates if meta["BLOCK"] == smallest)
-    assert written["sm_90"] == {"activation": {"bfloat16": best, "float32": {"num_warps": 3}}}
-    assert tunable(torch.bfloat16) == best  # What is measured afterwards has it.
+    assert written["sm_90"] == {"activation": {"bfloat16 1": best, "float32 1": {"num_warps": 3}}}
+    assert tunable(torch.bfloat16, 1) == best  # What is measured afterwards has it.
     tunable.used.clear()
     assert "1 configurations written" in capsys.readouterr().out
 

@@ -17,7 +17,8 @@ from mamba_kernels.common import as_rows, cdiv
 SWIGLU, SQUARED_RELU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 
 
-def _candidates(dtype: torch.dtype) -> list[Meta]:
+def _candidates(dtype: torch.dtype, kind: int) -> list[Meta]:
+    """For one of the activations, of which GELU has the most to compute."""
     return [
         {"BLOCK": block, "num_warps": warps}
         for block, warps in ((2048, 8), (1024, 4), (2048, 4), (4096, 8), (4096, 4), (8192, 8), (512, 4))
@@ -106,7 +107,7 @@ def _activation_backward_kernel(
 
 def forward_into(kind: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """Write the activation of [T, F] into `out` [T, F]; `up` is used by SwiGLU only."""
-    meta = FORWARD(gate.dtype)
+    meta = FORWARD(gate.dtype, kind)
     grid = (gate.shape[0], cdiv(gate.shape[1], meta["BLOCK"]))
     launch(
         _activation_kernel, grid, gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), out.stride(0), KIND=kind, **meta
@@ -115,7 +116,7 @@ def forward_into(kind: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 def backward_into(kind: int, gate: Tensor, up: Tensor, g_out: Tensor, g_gate: Tensor, g_up: Tensor) -> None:
     """Write the gradients of `gate` and, for SwiGLU, `up`, [T, F] each."""
-    meta = BACKWARD(gate.dtype)
+    meta = BACKWARD(gate.dtype, kind)
     grid = (gate.shape[0], cdiv(gate.shape[1], meta["BLOCK"]))
     strides = (t.stride(0) for t in (gate, up, g_out, g_gate, g_up))
     launch(

@@ -31,13 +31,15 @@ def block_meta(
     return {"PROGRAMS": programs, "BLOCK_T": elements // columns, "STAGES": min(stages, fitting), "num_warps": warps}
 
 
-def _forward_candidates(dtype: torch.dtype, columns: int) -> list[Meta]:
-    """For rows of a number of columns, rounded up to a power of two."""
-    configurations = ((32768, 4096, 1024, 1), (32768, 8192, 1024, 1), (32768, 4096, 512, 1), (396, 4096, 512, 3))
+def _forward_candidates(dtype: torch.dtype, columns: int, layer: bool) -> list[Meta]:
+    """For rows of a number of columns, rounded up to a power of two. A LayerNorm has one sum after the other, and two vectors to
+    read, which programs that loop over rows read once."""
+    configurations = [(32768, 4096, 1024, 1), (32768, 8192, 1024, 1), (32768, 4096, 512, 1), (396, 4096, 512, 3)]
+    configurations += [(programs, 4096, 512, stages) for programs in (792, 1056) for stages in (2, 3)] if layer else []
     return [block_meta(*configuration, dtype, columns) for configuration in configurations]
 
 
-def _backward_candidates(dtype: torch.dtype, columns: int) -> list[Meta]:
+def _backward_candidates(dtype: torch.dtype, columns: int, layer: bool) -> list[Meta]:
     """For rows of a number of columns, rounded up to a power of two."""
     configurations = ((256, 4096, 512, 3), (512, 2048, 512, 3), (256, 4096, 512, 2), (256, 4096, 256, 3), (512, 2048, 256, 2))
     return [block_meta(*configuration, dtype, columns) for configuration in configurations]
@@ -160,7 +162,7 @@ def forward_into(
 ) -> None:  # fmt: skip
     """Write the norm of [T, D] into `out` [T, D], and with `residual` the sum into `h` [T, D]."""
     (tokens, columns), block = x.shape, next_power_of_2(x.shape[1])
-    meta = FORWARD(x.dtype, block)
+    meta = FORWARD(x.dtype, block, layer)
     launch(
         _norm_kernel, (min(cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"]),),
         x, residual, weight, bias, out, h, tokens, columns, *(_row_stride(t) for t in (x, residual, out, h)), float(eps),
@@ -177,7 +179,7 @@ def backward_into(
     `h` is what was normalised, `g_h` the gradient it has from elsewhere.
     """
     (tokens, columns), block = h.shape, next_power_of_2(h.shape[1])
-    meta = BACKWARD(h.dtype, block)
+    meta = BACKWARD(h.dtype, block, layer)
     programs = min(cdiv(tokens, meta["BLOCK_T"]), meta["PROGRAMS"])
     partials = torch.empty(programs, columns * (1 if g_bias is None else 2), dtype=torch.float32, device=h.device)
     launch(
