@@ -320,11 +320,14 @@ class TrainerConfig:
     """Without progress of a rank, after which all write their stacks and end; null: no watchdog."""
     heartbeat_seconds: float = 60.0
     """Without a sign of life of a rank for which others wait, after which they end."""
+    replica_check_interval: int = 100
+    """Steps between comparisons of weights that several ranks hold, bit for bit; they are compared before every save too."""
     stop_after_samples: int | None = None
     """Checkpoint and stop once this many samples are consumed (schedules still aim at train_samples)."""
 
     def validate(self) -> None:
-        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "max_skipped_steps", "heartbeat_seconds")
+        require_positive(self, "trainer", "global_batch_size", "micro_batch_size", "max_skipped_steps", "heartbeat_seconds",
+                         "replica_check_interval")
         require(self.watchdog_seconds is None or self.watchdog_seconds > 0.0, "trainer.watchdog_seconds", self.watchdog_seconds,
                 "must be positive", "Use null for no watchdog")
         self.check_chunk()

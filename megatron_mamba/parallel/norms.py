@@ -30,7 +30,7 @@ def squared_norm(parameters: Iterable[Tensor], across: Sequence[dist.ProcessGrou
     buckets: dict[tuple[str, ...], list[Tensor]] = {}
     for parameter in parameters:
         # Missing gradients keep their bucket: every rank of a group must make the same collectives.
-        sharded = _sharding_groups(parameter)
+        sharded = sharding_groups(parameter)
         groups |= sharded
         bucket = buckets.setdefault(tuple(sharded), [])
         dtype = torch.promote_types(dtype, parameter.dtype)
@@ -53,7 +53,7 @@ def squared_norm(parameters: Iterable[Tensor], across: Sequence[dist.ProcessGrou
     return total
 
 
-def _sharding_groups(parameter: Tensor) -> dict[str, dist.ProcessGroup]:
+def sharding_groups(parameter: Tensor) -> dict[str, dist.ProcessGroup]:
     """The groups over which the parameter's elements are spread, by name."""
     if not isinstance(parameter, DTensor):
         return {}

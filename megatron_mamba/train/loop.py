@@ -34,6 +34,7 @@ from megatron_mamba.optim import (
     set_learning_rate,
 )
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
+from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import Watchdog
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
@@ -112,7 +113,7 @@ class Trainer:
             # Recorded relative to the checkpoints' folder, which may be moved.
             self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
         self.step = self.consumed_samples = self.consumed_tokens = 0
-        self.saved_step = 0
+        self.saved_step = self.checked_step = 0
         self.origin = f"initial weights of seed {config.run.seed}"
         self.skips = SkipCounter(config.trainer.max_skipped_steps)
         self._start_or_resume()
@@ -146,6 +147,8 @@ class Trainer:
                     self._give_up(record)
                 if config.eval.interval and self.step % config.eval.interval == 0:
                     self._evaluate("valid", self.data.valid)
+                if self.step % config.trainer.replica_check_interval == 0:
+                    self._check_replicas()
                 if self.step % config.checkpoint.interval == 0:
                     self._save()
         self._save()
@@ -212,6 +215,19 @@ class Trainer:
             "the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
         )
 
+    def _check_replicas(self) -> None:
+        """Stop, without a checkpoint, where ranks that should hold the same weights do not."""
+        if self.checked_step == self.step or self.context.world_size == 1:
+            return
+        if differing := differing_replicas(self.pipeline.named_parameters(), self.context):
+            shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+            raise TrainingError(
+                f"at step {self.step} these parameters differ between ranks that should hold the same: {shown}. They did not at "
+                f"step {self.checked_step}. Nothing was saved. Take these machines out of service and start again from the "
+                "last checkpoint; trainer.replica_check_interval sets how often this is looked at."
+            )
+        self.checked_step = self.step
+
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, split: str, dataset: Dataset | None) -> None:
@@ -264,6 +280,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
+        self._check_replicas()
         with self.throughput.paused(), self.timer.phase("checkpoint"):
             metadata = {
                 "step": self.step,
@@ -293,7 +310,7 @@ class Trainer:
         load(latest, self._tensors(), rank_state=rank_state, verified=True)
         if rank_state:
             set_rng_state(rank_state)
-        self.step = self.saved_step = metadata["step"]
+        self.step = self.saved_step = self.checked_step = metadata["step"]
         self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
         self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
         self.origin = f"checkpoint {latest}"

@@ -15,6 +15,10 @@ def faulty_step(self: loop.Trainer, *arguments: object) -> dict[str, object]:
     if self.context.global_rank == int(rank) and self.step == int(step):
         if kind == "exception":
             raise ValueError("a fault on purpose")
+        if kind == "flip":
+            weight = dict(self.pipeline.named_parameters())["final_norm.weight"].to_local().detach()
+            weight.view(torch.int64)[0] ^= 1
+            return train_step(self, *arguments)
         assert kind == "nan"
         norm = loop.global_grad_norm
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,20 @@ def test_the_first_error_is_the_one_that_is_shown(tmp_path: Path, ranks: int, ti
         assert "faulty.py" in cause
         assert "ValueError: a fault on purpose" in cause
         assert job.steps() == step
+
+
+def test_a_weight_that_one_rank_has_otherwise_is_never_saved(tmp_path: Path, ranks: int, times: int) -> None:
+    for i in range(times):
+        step = random.Random(i).randint(2, STEPS // 2)
+        job = Job(tmp_path / f"run{i}", ranks, "checkpoint.interval=4", fault=f"flip {ranks - 1} {step}")
+        job.ends()
+        assert job.process.returncode == 1
+        assert "TrainingError" in root_cause(job.shown())
+        last = 4 * (step // 4)
+        assert re.search(rf"final_norm.weight \(.*rank {ranks - 1} on ", job.output.read_text())
+        assert f"They did not at step {last}. Nothing was saved" in job.output.read_text()
+        saved = sorted(int(path.name.removeprefix("step_")) for path in (job.folder / "checkpoints").glob("step_*"))
+        assert (saved or [0])[-1] == last
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weights(tmp_path: Path, ranks: int, times: int) -> None:
