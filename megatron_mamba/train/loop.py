@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from mamba_kernels import backend
 from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
@@ -168,14 +169,16 @@ class Trainer:
         with self.timer.phase("data"):
             batches = [next(loader) for _ in range(count_micro)]
         targets = context.sum_over_tokens(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
-        scale = 1.0 / max(targets, 1)
-        chunk = config.trainer.loss_chunk_tokens
-        loss = self.pipeline.step(batches, scale=scale, chunk_tokens=chunk, phase=self.timer.phase)
+        loss_value, norm_value, norm = self._gradients(batches, 1.0 / max(targets, 1))
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            # Once more with the same weights and samples: to know whose fault it is, and to go on if it was not theirs.
+            first = f"loss {loss_value}, grad norm {norm_value}"
+            self.optimizer.zero_grad(set_to_none=True)
+            loss_value, norm_value, norm = self._gradients(batches, 1.0 / max(targets, 1))
+            self._report_rerun(first, loss_value, norm_value)
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         with self.timer.phase("optimizer"):
             lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
-            norm = global_grad_norm(self.parameters, context)
-            loss_value, norm_value = torch.stack([self.pipeline.total(loss), norm.double()]).tolist()
-            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             if finite:
                 clip_(self.parameters, norm, config.optim.clip_grad)
                 set_learning_rate(self.optimizer, lr)
@@ -194,7 +197,28 @@ class Trainer:
             "lr": lr,
             "global_batch_size": batch_size,
             "skipped_steps": self.skips.total,
+            "transient_faults": self.skips.transient,
         }
+
+    def _gradients(self, batches: Sequence[Batch], scale: float) -> tuple[float, float, Tensor]:
+        """Forward and backward passes of the micro-batches: loss and norm of the gradients, the latter on the device too."""
+        chunk = self.config.trainer.loss_chunk_tokens
+        loss = self.pipeline.step(batches, scale=scale, chunk_tokens=chunk, phase=self.timer.phase)
+        with self.timer.phase("optimizer"):
+            norm = global_grad_norm(self.parameters, self.context)
+            loss_value, norm_value = torch.stack([self.pipeline.total(loss), norm.double()]).tolist()
+        return loss_value, norm_value, norm
+
+    def _report_rerun(self, first: str, loss: float, norm: float) -> None:
+        transient = math.isfinite(loss) and math.isfinite(norm)
+        self.skips.transient += transient
+        verdict = (
+            "the fault was transient: a machine's, not that of data or settings. The step goes on with the second result"
+            if transient
+            else "the fault comes again: of the samples, the weights or the settings. The step is skipped"
+        )
+        message = f"step {self.step + 1} was not finite ({first}); run again: loss {loss}, grad norm {norm}; {verdict}"
+        self.metrics.log({"message": message, "step": self.step + 1}, kind="event")
 
     def _stops(self) -> bool:
         """Whether any rank was told to stop (a collective)."""
@@ -288,6 +312,7 @@ class Trainer:
                 "consumed_tokens": self.consumed_tokens,
                 "skipped_steps": self.skips.total,
                 "skipped_in_a_row": self.skips.in_a_row,
+                "transient_faults": self.skips.transient,
                 "config": to_dict(self.config),
                 "mesh": self.mesh,
                 "tokenizer": self._tokenizer,
@@ -313,6 +338,7 @@ class Trainer:
         self.step = self.saved_step = self.checked_step = metadata["step"]
         self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
         self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
+        self.skips.transient = metadata.get("transient_faults", 0)
         self.origin = f"checkpoint {latest}"
 
     def _metadata_of(self, source: Path) -> dict[str, Any]:

@@ -310,8 +310,9 @@ def describe(record: Mapping[str, Any]) -> dict[str, str]:
         "perplexity": ("ppl", "{:.4g}".format),
         "memory_gib": ("memory", "{:.3g} GiB".format),
         "skipped_steps": ("skipped", str),
+        "transient_faults": ("transient faults", str),
     }
-    present = (name for name in shown if name in record and (record[name] or name != "skipped_steps"))
+    present = (name for name in shown if name in record and (record[name] or name not in ("skipped_steps", "transient_faults")))
     return {shown[name][0]: shown[name][1](record[name]) for name in present}
 
 

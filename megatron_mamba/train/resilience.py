@@ -45,10 +45,11 @@ class StopRequest:
 
 
 class SkipCounter:
-    """Counts steps that were skipped for a non-finite loss or gradient, in total and in a row."""
+    """Counts steps that were skipped for a non-finite loss or gradient, in total and in a row, and those that were not because
+    the same passes run again were finite."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.total, self.in_a_row = limit, 0, 0
+        self.limit, self.total, self.in_a_row, self.transient = limit, 0, 0, 0
 
     def record(self, finite: bool) -> None:
         """Note one step's outcome."""

@@ -151,18 +151,25 @@ def test_a_signal_before_the_first_step(tmp_path: Path, whole: Path, monkeypatch
 
 
 def test_non_finite_steps_change_nothing_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps 3 and 4 are poisoned: skipped and counted. From step 6 on all are: the run stops with a checkpoint."""
-    forward, seen = LanguageModel.forward, []
+    """Steps 3 and 4 are poisoned: run again, skipped and counted. From step 6 on all are: the run stops with a checkpoint."""
+    forward, train_step, seen = LanguageModel.forward, loop.Trainer._train_step, []
 
     def poisoned(self: LanguageModel, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(None)
-        step = (len(seen) + 1) // 2
-        return forward(self, *args, **kwargs) * (float("nan") if step in (3, 4) or step >= 6 else 1.0)
+        return forward(self, *args, **kwargs) * (float("nan") if seen[-1] in (3, 4) or seen[-1] >= 6 else 1.0)
+
+    def noted(self: loop.Trainer, *args: Any) -> dict[str, Any]:
+        seen.append(self.step + 1)
+        return train_step(self, *args)
 
     monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    monkeypatch.setattr(loop.Trainer, "_train_step", noted)
     with pytest.raises(TrainingError, match=r"3 steps in a row .* step 8.*optim\.lr.*max_skipped_steps"):
         train(config_for(tmp_path, trainer={"max_skipped_steps": 3}, eval={"interval": 0}, checkpoint={"keep_last": 9}))
     assert [r["skipped_steps"] for r in records(tmp_path)] == [0, 0, 1, 2, 2, 3, 4, 5]
+    assert {r["transient_faults"] for r in records(tmp_path)} == {0}
+    events = [json.loads(line)["message"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "not finite" in line]
+    assert [int(message.split()[1]) for message in events] == [3, 4, 6, 7, 8]
+    assert all("comes again" in message for message in events)
     four, eight = ({**read_metadata(tmp_path / f"checkpoints/step_0000000{n}")} for n in (4, 8))
     assert (four["skipped_in_a_row"], eight["skipped_in_a_row"]) == (2, 3)
 
