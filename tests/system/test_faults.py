@@ -19,7 +19,8 @@ from test_launch import records, until
 from test_torchrun import MODEL, RUN, run
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
+STEPS = 30
+pytestmark = pytest.mark.xdist_group("faults")  # They share what an undisturbed run gives.
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 
 
