@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -144,7 +145,10 @@ class Watchdog:
             self._answer(alarm)
             return
         self._dump()
-        self._leave(reason, self._places(), stacks=False, suspect=suspect)
+        places: list[str] = []
+        with suppress(RuntimeError):
+            places = self._places()
+        self._leave(reason, places, stacks=False, suspect=suspect)
 
     def _answer(self, alarm: dict[str, Any]) -> None:
         """Say where this rank is and end; after a failure elsewhere, only if it does not go on to end by itself."""
@@ -174,20 +178,23 @@ class Watchdog:
 
     def _kill(self, suspect: int | None) -> None:
         """Kill a silent rank of this host: torchrun asks a process to end first, which one that is stopped does not hear."""
-        host, _, pid = ("" if suspect is None else self._read(f"process {suspect}") or "").rpartition(" ")
-        if host == self._host and _parent(int(pid)) == os.getppid():
-            os.kill(int(pid), signal.SIGKILL)
+        with suppress(RuntimeError):
+            host, _, pid = ("" if suspect is None else self._read(f"process {suspect}") or "").rpartition(" ")
+            if host == self._host and _parent(int(pid)) == os.getppid():
+                os.kill(int(pid), signal.SIGKILL)
 
     def _dump(self) -> None:
         """Write the stacks of all threads to stderr, NCCL's last collectives beside the logs, and the place to the store."""
         waited = time.monotonic() - self._since
-        if self._store is not None:
-            self._store.set(f"place {self._rank}", json.dumps([self._step, self._phase, round(waited), self._host]))
+        with suppress(RuntimeError):  # The store may be what is gone.
+            if self._store is not None:
+                self._store.set(f"place {self._rank}", json.dumps([self._step, self._phase, round(waited), self._host]))
         self._say(f"rank {self._rank} on {self._host}: step {self._step}, {self._phase} for {waited:.0f} s. Stacks of its threads:")
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self._traces and torch.cuda.is_available() and torch.cuda.is_initialized():
-            trace: bytes = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-            Path(f"{self._traces}{self._rank}").write_bytes(trace)
+            with suppress(RuntimeError, OSError):
+                trace: bytes = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                Path(f"{self._traces}{self._rank}").write_bytes(trace)
 
     def _places(self) -> list[str]:
         """Where the ranks are, those at the same place in one line; those that do not answer last."""

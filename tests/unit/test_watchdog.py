@@ -142,6 +142,34 @@ def test_of_a_rank_that_was_killed_torchrun_knows() -> None:
     assert ranks.dogs[0]._raised() is None
 
 
+class GoneStore:
+    """A store whose host has gone after the start."""
+
+    def __init__(self) -> None:
+        self.there = True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if not self.there:
+            raise dist.DistStoreError(f"{name}: connection reset")
+        return {"set": lambda *a: None, "check": lambda *a: False}[name]
+
+
+def test_without_the_store_a_rank_that_waits_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    ranks, store = Ranks(2, seconds=PATIENCE, heartbeat_seconds=0.3), GoneStore()
+    ranks.dogs[0]._store = store
+    ranks.dogs[0].__enter__()
+    store.there = False
+    ranks.lively = (ranks.dogs[0],)
+    begin = time.monotonic()
+    ranks.until(lambda: time.monotonic() - begin > 1.0)
+    assert not ranks.ended
+    ranks.lively = ()
+    ranks.until(lambda: ranks.ended == {0: watchdog.EXIT_CODE})
+    error = capfd.readouterr().err
+    assert "the store of the run does not answer (set: connection reset): its host is gone" in error
+    assert "Stacks of its threads" in error
+
+
 def test_consequences() -> None:
     assert is_consequence(dist.DistBackendError("NCCL communicator was aborted"))
     assert is_consequence(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10430"))
