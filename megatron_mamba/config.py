@@ -320,6 +320,8 @@ class TrainerConfig:
     """Without progress of a rank, after which all write their stacks and end; null: no watchdog."""
     heartbeat_seconds: float = 60.0
     """Without a sign of life of a rank for which others wait, after which they end."""
+    health_check: bool = True
+    """Before training, whether each rank's machine computes rightly, and how fast it computes, copies and sends."""
     replica_check_interval: int = 100
     """Steps between comparisons of weights that several ranks hold, bit for bit; they are compared before every save too."""
     stop_after_samples: int | None = None

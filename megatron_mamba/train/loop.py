@@ -34,6 +34,7 @@ from megatron_mamba.optim import (
     optimizer_state,
     set_learning_rate,
 )
+from megatron_mamba.parallel import health
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
@@ -86,6 +87,7 @@ class Trainer:
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         backend.FUSED = config.trainer.kernels == "fused"
+        self.readings = self._examined()
         self.data = build_datasets(config)
         # What is put off under a zero-bubble schedule costs time too.
         timed = config.parallel.balance == "time" and context.size("pp") > 1
@@ -385,8 +387,23 @@ class Trainer:
             "world_size": self.context.world_size,
             "device": str(self.context.device),
             "job": dict(self.context.job),
+            "health": health.summary(self.readings),
             "torch": torch.__version__,
         }
+
+    def _examined(self) -> list[health.Reading]:
+        """What every rank's machine gives; slow ones are named, and one that computes wrongly is refused."""
+        if not self.config.trainer.health_check:
+            return []
+        readings = health.examine(self.context)
+        for line in health.slow(readings) if self.is_main else []:
+            log.warning("slow: %s", line)
+        if wrong := health.wrong(readings):
+            raise TrainingError(
+                f"a matrix product was wrong on {', '.join(wrong)}. Nothing was trained. Take these machines out of service; "
+                "trainer.health_check=false does not look"
+            )
+        return readings
 
     def close(self) -> None:
         """Finish what is being written."""

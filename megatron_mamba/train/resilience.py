@@ -13,7 +13,7 @@ from megatron_mamba.parallel.context import ParallelContext
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; a checkpoint of the weights from before the trouble was written."""
+    """Training cannot go on, on every rank alike; what it was doing when, and what to do about it."""
 
 
 class StopRequest:

@@ -143,7 +143,7 @@ def first_group(parameter: Any) -> dict[str, Any]:
     return dict(list(SHARDING_GROUPS(parameter).items())[:1])
 
 
-SHARDING_GROUPS = norms._sharding_groups
+SHARDING_GROUPS = norms.sharding_groups
 
 
 # --------------------------------------------------------------------------------------------------- pieces of sequences
@@ -255,8 +255,8 @@ BUGS: dict[str, dict[str, Bug]] = {
         "loss: normaliser of this rank only": Bug(without(vocab, reduce_=keep_row(0)), "-", "loss"),
         "loss: target's logit of this rank only": Bug(without(vocab, reduce_=keep_row(1)), "-", "loss"),
         "loss: gradient of hidden states not summed": Bug(without(vocab, start_sum=pending), "-"),
-        "gradient norm: replicas counted": Bug(patch.object(norms, "_sharding_groups", all_groups), "M", "norm"),
-        "gradient norm: shards not added up": Bug(patch.object(norms, "_sharding_groups", lambda _: {}), "M", "norm"),
+        "gradient norm: replicas counted": Bug(patch.object(norms, "sharding_groups", all_groups), "M", "norm"),
+        "gradient norm: shards not added up": Bug(patch.object(norms, "sharding_groups", lambda _: {}), "M", "norm"),
         "sequence parallelism: norms' gradients not summed": Bug(
             patch.object(LanguageModel, "partial_over_tp", lambda _: []), "-", sequence_parallel=True
         ),
@@ -322,7 +322,7 @@ BUGS: dict[str, dict[str, Bug]] = {
     "tp2 dp2": {
         "initial weights cut over dp before tp": Bug(patch.object(tensor, "owned_slices", dp_cuts_first), "M*-", "loss"),
         "gradient norm: shards of one mesh dimension added up": Bug(
-            patch.object(norms, "_sharding_groups", first_group), "M*-", "norm"
+            patch.object(norms, "sharding_groups", first_group), "M*-", "norm"
         ),
     },
 }

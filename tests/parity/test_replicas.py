@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from harness import Case, on_ranks, pipeline_of
+from megatron_mamba.parallel import health
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.fsdp import local
 from megatron_mamba.parallel.replicas import differing_replicas
@@ -49,6 +50,15 @@ def test_one_bit_shows(sizes: dict[str, int], changed: list[tuple[str, int, list
         dist.barrier()
 
     on_ranks(sizes, body)
+
+
+def test_every_rank_knows_of_all_machines() -> None:
+    def body(context: ParallelContext) -> None:
+        readings = health.examine(context)
+        assert len(readings) == 3
+        assert all(reading.correct and reading.link_gbps is not None and reading.link_gbps > 0.0 for reading in readings)
+
+    on_ranks({"dp_shard": 3}, body)
 
 
 def test_a_matrix_that_is_sharded_may_differ() -> None:

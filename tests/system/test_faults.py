@@ -1,6 +1,6 @@
 """What breaks on purpose under torchrun: how it ends, what is shown of it, and that nothing that was saved is lost.
 
-``--slow``: on four ranks, ten times each, at random moments.
+A rank killed and a rank stopped, and with ``--slow`` all, on four ranks, ten times each, at random moments.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def test_a_stopped_rank_is_named_and_ended(tmp_path: Path, ranks: int, times: in
         assert f"rank {ranks - 1}: no answer" in cause
 
 
+@pytest.mark.slow
 def test_the_first_error_is_the_one_that_is_shown(tmp_path: Path, ranks: int, times: int) -> None:
     for i in range(times):
         step = random.Random(i).randint(2, STEPS // 2)
@@ -136,6 +137,7 @@ def test_the_first_error_is_the_one_that_is_shown(tmp_path: Path, ranks: int, ti
         assert job.steps() == step
 
 
+@pytest.mark.slow
 def test_a_weight_that_one_rank_has_otherwise_is_never_saved(tmp_path: Path, ranks: int, times: int) -> None:
     for i in range(times):
         step = random.Random(i).randint(2, STEPS // 2)
@@ -150,6 +152,7 @@ def test_a_weight_that_one_rank_has_otherwise_is_never_saved(tmp_path: Path, ran
         assert (saved or [0])[-1] == last
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_once_costs_nothing(
     tmp_path: Path, ranks: int, times: int, clean: dict[int, float]
 ) -> None:

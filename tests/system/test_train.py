@@ -30,6 +30,7 @@ from megatron_mamba.config import (
     WandbConfig,
 )
 from megatron_mamba.model import LanguageModel
+from megatron_mamba.parallel import health
 from megatron_mamba.train import loop
 from megatron_mamba.train.loop import train
 from megatron_mamba.train.resilience import TrainingError
@@ -172,6 +173,13 @@ def test_non_finite_steps_change_nothing_and_end_the_run(tmp_path: Path, monkeyp
     assert all("comes again" in message for message in events)
     four, eight = ({**read_metadata(tmp_path / f"checkpoints/step_0000000{n}")} for n in (4, 8))
     assert (four["skipped_in_a_row"], eight["skipped_in_a_row"]) == (2, 3)
+
+
+def test_a_machine_that_computes_wrongly_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_product", lambda device, size: (False, 1.0))
+    with pytest.raises(TrainingError, match=r"a matrix product was wrong on rank 0 on .*trainer\.health_check"):
+        train(config_for(tmp_path))
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").glob("step_*"))
 
 
 def test_another_model_is_refused_and_nothing_is_lost(whole: Path) -> None:
