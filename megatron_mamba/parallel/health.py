@@ -33,7 +33,7 @@ class Reading:
 
 
 def examine(context: ParallelContext) -> list[Reading]:
-    """Measure every rank's machine at the same time (a collective; under a second on GPUs); the same list on every rank."""
+    """Measure every rank's machine at the same time (a collective); the same list on every rank."""
     large = context.device.type == "cuda"
     correct, tflops = _product(context.device, 4096 if large else 128)
     copy = _copy(context.device, 1 << (28 if large else 20))
@@ -79,20 +79,21 @@ def summary(readings: Sequence[Reading]) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def _product(device: torch.device, size: int) -> tuple[bool, float]:
-    """Whether a product of matrices of -1, 0 and 1 is right, and TFLOP/s of it.
-
-    Its elements are whole numbers so small (six standard deviations of them at 4096 columns) that bfloat16 has them exactly; their
-    row sums are known from products with a vector, in integers.
-    """
-    generator = torch.Generator().manual_seed(1)
-    left, right = (torch.randint(-1, 2, (size, size), generator=generator) for _ in range(2))
-    right *= torch.randint(0, 2, (size, size), generator=generator)
+    """Whether the product of :func:`_factors` is right, by its row sums, which are known in integers; and TFLOP/s of it."""
+    left, right = _factors(size)
     expected = (left * right.sum(1)).sum(1)
     a, b = (t.to(device, torch.bfloat16) for t in (left, right))
     product = a @ b
     correct = bool(torch.equal(product.long().sum(1).cpu(), expected))
     seconds = _seconds(device, lambda: torch.mm(a, b, out=product), 10)
     return correct, 2e-12 * size**3 / seconds
+
+
+def _factors(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square matrices of -1, 0 and 1, with so many zeros that bfloat16 has the elements of their product, up to 256, exactly."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randint(-1, 2, (size, size), generator=generator) for _ in range(2))
+    return left, right * torch.randint(0, 2, (size, size), generator=generator)
 
 
 @torch.no_grad()

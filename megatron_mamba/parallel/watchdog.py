@@ -82,7 +82,7 @@ class Watchdog:
             while (alarm := self._raised()) is None and not self._stopping() and time.monotonic() < until:
                 time.sleep(self._interval / 10)
             if alarm is None and not self._stopping():  # Else torchrun, which stops all, knows of a failure.
-                self._raise("failure", f"{type(error).__name__}: {error}".splitlines()[0])
+                self._raise("failure", f"{type(error).__name__}: {_first_line(error)}")
         except RuntimeError:  # The store went with its host; the error itself will be shown.
             return
 

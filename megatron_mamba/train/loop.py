@@ -171,14 +171,15 @@ class Trainer:
         with self.timer.phase("data"):
             batches = [next(loader) for _ in range(count_micro)]
         targets = context.sum_over_tokens(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
-        loss_value, norm_value, norm = self._gradients(batches, 1.0 / max(targets, 1))
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        scale = 1.0 / max(targets, 1)
+        loss_value, norm_value, norm = self._gradients(batches, scale)
+        if not _finite(loss_value, norm_value):
             # Once more with the same weights and samples: to know whose fault it is, and to go on if it was not theirs.
             first = f"loss {loss_value}, grad norm {norm_value}"
             self.optimizer.zero_grad(set_to_none=True)
-            loss_value, norm_value, norm = self._gradients(batches, 1.0 / max(targets, 1))
+            loss_value, norm_value, norm = self._gradients(batches, scale)
             self._report_rerun(first, loss_value, norm_value)
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        finite = _finite(loss_value, norm_value)
         with self.timer.phase("optimizer"):
             lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
             if finite:
@@ -212,7 +213,7 @@ class Trainer:
         return loss_value, norm_value, norm
 
     def _report_rerun(self, first: str, loss: float, norm: float) -> None:
-        transient = math.isfinite(loss) and math.isfinite(norm)
+        transient = _finite(loss, norm)
         self.skips.transient += transient
         verdict = (
             "the fault was transient: a machine's, not that of data or settings. The step goes on with the second result"
@@ -409,6 +410,10 @@ class Trainer:
         """Finish what is being written."""
         self.manager.close()
         self.metrics.close()
+
+
+def _finite(*values: float) -> bool:
+    return all(map(math.isfinite, values))
 
 
 def _check_batches(config: Config, context: ParallelContext) -> None:

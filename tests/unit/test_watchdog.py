@@ -50,7 +50,9 @@ class Ranks:
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.5)
     yield
-    assert not [t for t in threading.enumerate() if t.name == "watchdog" and t.is_alive() and not t.daemon]
+    for thread in [t for t in threading.enumerate() if t.name == "watchdog"]:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_a_silent_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
