@@ -80,6 +80,15 @@ def test_a_rank_that_waits_is_not_alarmed_while_the_others_live() -> None:
         assert not ranks.ended
 
 
+def test_a_rank_that_goes_on_does_not_mind_a_silent_one() -> None:
+    ranks = Ranks(2, seconds=PATIENCE, heartbeat_seconds=0.2)
+    with ranks.dogs[0]:
+        ranks.lively = (ranks.dogs[0],)
+        begin = time.monotonic()
+        ranks.until(lambda: time.monotonic() - begin > 1.0)
+        assert not ranks.ended
+
+
 def test_a_rank_that_has_ended_is_not_missed() -> None:
     ranks = Ranks(2, seconds=PATIENCE, heartbeat_seconds=0.2)
     with ranks.dogs[0]:
