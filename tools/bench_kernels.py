@@ -390,7 +390,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*SECTIONS, "compile"]
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(names)}; default all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row in full, after each section")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row in full, after each case")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the section crossover")
     parser.add_argument("--peer-path", type=Path, metavar="DIR", help="folder of checkouts of mamba_ssm and causal_conv1d")
     parser.add_argument("--repeats", type=int, default=100, help="of a call, at most (default 100)")
@@ -432,18 +432,24 @@ def main(argv: list[str]) -> int:
         prepare(flat, args.sections, peers, device, workers)
     bench = Bench(clock, peers, timing.measured_rates(clock))
     rows: list[Row] = []
+    about = {**surroundings(device), **bench.rates}
+
+    def keep(some: list[Row]) -> None:
+        rows.extend(some)
+        if args.json is not None:
+            about.update(surroundings(device))  # Peers have versions once they are imported.
+            record = {**about, "arguments": argv, "failures": bench.failures, "rows": [row.record() for row in rows]}
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
     for name in args.sections:
         if name == "compile":
             try:
-                rows += compile_rows(bench, shapes, context, "inductor" if device.type == "cuda" else "aot_eager")
+                keep(compile_rows(bench, shapes, context, "inductor" if device.type == "cuda" else "aot_eager"))
             except Exception as error:  # The compiler's: the other sections' figures stand.
                 bench.failures.append(f"compile: {first_line(error)}")
+                keep([])
         for case in cases.get(name, []):
-            rows += bench.rows(name, case)
-        about = {**surroundings(device), **bench.rates}
-        if args.json is not None:
-            record = {**about, "arguments": argv, "failures": bench.failures, "rows": [row.record() for row in rows]}
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+            keep(bench.rows(name, case))
     context.close()
     title = f"{about['device']}, {about['kernels']} kernels, torch {torch.__version__}, {clock.repeats} repeats; "
     title += f"copy {bench.rates['copy bytes/s'] / 1e12:.3g} TB/s, matrix product {bench.rates['matmul FLOP/s'] / 1e12:.4g} TFLOP/s"

@@ -97,10 +97,10 @@ class Shapes:
     head_dim: int = 64
     state: int = 128
     scans: Sequence[tuple[int, int, int, int]] = (
-        (2, 4096, 128, 8), (1, 16384, 128, 8), (8, 4096, 32, 2), (1, 2048, 128, 8), (1, 131072, 128, 8),
-        *((1, 1 << power, 32, 2) for power in (10, 12, 14, 16, 17, 18, 20)),
+        (2, 4096, 128, 8), (1, 16384, 128, 8), (1, 65536, 32, 2), (8, 4096, 32, 2), (1, 2048, 128, 8), (1, 131072, 128, 8),
+        *((1, 1 << power, 32, 2) for power in (10, 12, 14, 17, 18, 20)),
     )  # fmt: skip
-    """B, L, H, G; the first two are tuned in."""
+    """B, L, H, G; the first three are tuned in: they share out heads differently."""
     layer: tuple[int, int, int, int] = (2, 4096, 128, 8)
     selective: Sequence[tuple[int, int, int, int]] = ((1, 4096, 8192, 128), (1, 4096, 8192, 16))
     """B, L, E, N."""
@@ -167,7 +167,7 @@ def ssd(s: Shapes, context: ParallelContext | None) -> list[Case]:
     return [
         Case(
             "ssd", f"B{b} L{n} H{h} G{g} P{s.head_dim} N{s.state}", partial(ssd_inputs, shape=(b, n, h, g), s=s), SSD,
-            _ssd_flops(b * n, h, g, s), [_chunk_scan(b * n * h * s.head_dim)], tuned=(b, n, h, g) in s.scans[:2],
+            _ssd_flops(b * n, h, g, s), [_chunk_scan(b * n * h * s.head_dim)], tuned=(b, n, h, g) in s.scans[:3],
             reference=b * n * h * s.head_dim <= REFERENCE_ELEMENTS,
         )
         for b, n, h, g in s.scans

@@ -411,9 +411,13 @@ def compile_cases():
     x, B, C = x.unflatten(-1, (128, 64)), B.unflatten(-1, (8, 128)), C.unflatten(-1, (8, 128))
     A, D, bias, starts = draw(128), draw(128), draw(128), draw(2, 4096, dtype=torch.bool)
     yield "ssd", lambda: kernels["ssd"](x, dt, A, B, C, D, bias, None, None, True)
+    few = (x[:1, :, :32], dt[:1, :, :32], A[:32], B[:1, :, :2], C[:1, :, :2], D[:32], bias[:32])
+    yield "ssd, few heads", lambda: kernels["ssd"](*few, None, None, True)
     step, states = draw(2, 128, 4096), draw(2, 32, 128, 64, 128, dtype=torch.bfloat16)
     gradients = partial(kernels["ssd_backward"], x, None, x, dt, A, B, C, D, bias, None)
     yield "ssd_backward", lambda: gradients(None, step, step, step, states, True)
+    kept = (*[step[:1, :32]] * 3, states[:1, :, :32])
+    yield "ssd_backward, few heads", lambda: kernels["ssd_backward"](few[0], None, *few, None, None, *kept, True)
     yield "ssd_backward, documents", lambda: gradients(starts, step, step, step, states, True)
     # Sizes of 1 are constants, which have no conversions.
     x, dt, B = draw(1, 1, 2, 16, dtype=torch.bfloat16), draw(1, 1, 2), draw(1, 1, 1, 16, dtype=torch.bfloat16)

@@ -45,6 +45,27 @@ def softplus(x):
 
 
 @triton.jit
+def _normal_tail(x):
+    """The probability that a normal variable is below -|x|, and exp(-x^2 / 2), of which it is a multiple.
+
+    The multiple, erfcx(|x| / sqrt(2)) / 2, is t times a polynomial in t = 1 / (1 + 0.28 |x|), fitted for the least relative error,
+    1.7e-7. Half the instructions of erf, and no 1 + erf(x), which cancels where x is negative.
+    """
+    root = tl.rsqrt(1.0 + 0.28 * tl.abs(x))
+    t = root * root
+    multiple = 0.024759011021 * t - 0.093746655036
+    multiple = multiple * t + 0.092674466538
+    multiple = multiple * t - 0.0066567140854
+    multiple = multiple * t + 0.072873383876
+    multiple = multiple * t + 0.083604705009
+    multiple = multiple * t + 0.10308827560
+    multiple = multiple * t + 0.11169958213
+    multiple = multiple * t + 0.11170386142
+    bell = tl.exp2(-0.7213475204444817 * x * x)
+    return multiple * t * bell, bell
+
+
+@triton.jit
 def _value(gate, up, KIND: tl.constexpr):
     """The activation of float32 `gate` (times `up`, for SwiGLU)."""
     if KIND == SWIGLU:
@@ -53,7 +74,8 @@ def _value(gate, up, KIND: tl.constexpr):
         positive = tl.maximum(gate, 0.0)
         return positive * positive
     if KIND == GELU:
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        tail, _ = _normal_tail(gate)
+        return tl.maximum(gate, 0.0) - tl.minimum(tl.abs(gate), 100.0) * tail  # Where the tail is zero, infinity may be
     return gate * sigmoid(2.0 * _tanh_argument(gate))
 
 
@@ -69,7 +91,8 @@ def _slope(x, KIND: tl.constexpr):
     if KIND == SQUARED_RELU:
         return 2.0 * tl.maximum(x, 0.0)
     if KIND == GELU:
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        tail, bell = _normal_tail(x)
+        return tl.where(x > 0.0, 1.0 - tail, tail) + x * 0.3989422804014327 * bell
     gate, rest = sigmoid(2.0 * _tanh_argument(x)), sigmoid(-2.0 * _tanh_argument(x))
     return gate + x * gate * rest * 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
 

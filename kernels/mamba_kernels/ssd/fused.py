@@ -133,7 +133,8 @@ def _at(ptr, b, s_b, i, s_i):
 @triton.jit
 def states_kernel(
     v_ptr, w_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, from_ptr, end_ptr, states_ptr, before_ptr, log_decay_ptr, decay_ptr,
-    S, H, K, P, N, chunks, segment, s_v_b, s_v_s, s_v_h, s_w_b, s_w_s, s_w_g, s_cs_b, s_doc_b,
+    S, H, K, P: tl.constexpr, N: tl.constexpr, chunks, segment, s_v_b, s_v_s: tl.constexpr, s_v_h: tl.constexpr, s_w_b,
+    s_w_s: tl.constexpr, s_w_g, s_cs_b, s_doc_b,
     REVERSE: tl.constexpr, HAS_FROM: tl.constexpr, WRITE: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr,
     EVEN: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     num_stages: tl.constexpr,
@@ -314,7 +315,8 @@ def _output_rows(
 @triton.jit
 def output_kernel(
     v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr,
-    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
+    S, H, G, K, P: tl.constexpr, N: tl.constexpr, chunks, heads, s_v_b, s_v_s: tl.constexpr, s_v_h: tl.constexpr, s_u_b,
+    s_u_s: tl.constexpr, s_u_g, s_w_b, s_w_s: tl.constexpr, s_w_g, s_y_b, s_y_s: tl.constexpr, s_y_h: tl.constexpr,
     s_cs_b, s_doc_b, REVERSE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr, num_stages: tl.constexpr,
@@ -322,17 +324,17 @@ def output_kernel(
     """y of half a chunk for some heads of a group, from v = x, u = C, w = B and the states before chunks; or its transpose, the
     gradient of x from v = g_y, u = B, w = C and the gradients of the states after chunks."""
     c, b, g = (tl.program_id(0) // 2).to(tl.int64), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-    if tl.program_id(0) % 2 == 0:
+    if (tl.program_id(0) % 2 == 0) == REVERSE:
         _output_rows(
             v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
+            s_cs_b, s_doc_b, True, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
     else:
         _output_rows(
             v_ptr, u_ptr, w_ptr, D_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, y_ptr, b, c, g,
             S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_y_b, s_y_s, s_y_h,
-            s_cs_b, s_doc_b, not REVERSE, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
+            s_cs_b, s_doc_b, False, REVERSE, HAS_D, HAS_DOCS, PRECISE, EVEN, Q, PADDED_P, BP, PADDED_N, num_stages,
         )  # fmt: skip
 
 
@@ -438,7 +440,8 @@ def pair_gradient_kernel(
 @triton.jit
 def group_gradient_kernel(
     v_ptr, u_ptr, w_ptr, step_ptr, cs_ptr, fine_ptr, doc_ptr, states_ptr, g_BC_ptr, g_ptr, g_edge_ptr,
-    S, H, G, K, P, N, chunks, heads, s_v_b, s_v_s, s_v_h, s_u_b, s_u_s, s_u_g, s_w_b, s_w_s, s_w_g, s_g_k, s_g_b, s_g_s, s_g_g,
+    S, H, G, K, P: tl.constexpr, N: tl.constexpr, chunks, heads, s_v_b, s_v_s: tl.constexpr, s_v_h: tl.constexpr, s_u_b,
+    s_u_s: tl.constexpr, s_u_g, s_w_b, s_w_s: tl.constexpr, s_w_g, s_g_k, s_g_b, s_g_s: tl.constexpr, s_g_g,
     s_cs_b, s_doc_b,
     OF_B: tl.constexpr, HAS_DOCS: tl.constexpr, PRECISE: tl.constexpr, EVEN: tl.constexpr,
     Q: tl.constexpr, ROWS: tl.constexpr, PADDED_P: tl.constexpr, BP: tl.constexpr, PADDED_N: tl.constexpr,

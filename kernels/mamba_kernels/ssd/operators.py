@@ -34,8 +34,8 @@ def chunk_length(dtype: torch.dtype) -> int:
 
 
 def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
-    """`waves`: 1 where heads are no more than multiprocessors, of which smaller tiles may keep more at work; else 2. Two heads of a
-    program share what they read of B or C."""
+    """`waves`: 2 where heads are more than multiprocessors, 1 where smaller tiles may keep more of those at work, 0 where heads are
+    fewer than half of those: long sequences are then swept in segments. Two heads of a program share what they read of B or C."""
     length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
     tiles = [(length, block_p, block_n, 8, stages) for stages in (3, 2, 4)]
     tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (3, 2)]
@@ -195,7 +195,8 @@ def sweep(
     gradient of the state in reverse, written for the state after each chunk, `before` being the states themselves."""
     reverse = g_y is not None
     v, w = (scan.x, scan.B) if g_y is None else (g_y, scan.C)
-    waves = 1 if scan.batch * scan.heads <= MULTIPROCESSORS else 2
+    sequences = scan.batch * scan.heads
+    waves = 2 if sequences > MULTIPROCESSORS else int(2 * sequences >= MULTIPROCESSORS)
     meta = (STATE_GRADIENTS if reverse else STATES)(*scan.key, waves)
     side_by_side = v.stride(2) == scan.head_dim == meta["BP"]
     if scan.per_group % meta["HEADS"] or not side_by_side:
