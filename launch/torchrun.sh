@@ -14,6 +14,7 @@
 #   MAX_RESTARTS    how often all processes are started anew, from the last checkpoint, after one failed (0)
 #   LOG_DIR         folder of what each process writes (default: logs, in run.dir where that is an argument); the console shows the
 #                   first process of each node
+#   STUCK_SECONDS   how long torchrun may wait for HEAD after the processes here have ended, before it is killed (60)
 #   PYTHON          the interpreter (.venv's if there is one, else python3)
 #   SITE_ENV        a file to source first; see launch/env.sh for what is set besides
 #
@@ -39,13 +40,16 @@ fi
 "$python" -c 'import torch, megatron_mamba' 2>/dev/null ||
   fail "$python has no torch or no megatron_mamba" "Run ./launch/setup.sh, or set PYTHON=/path/to/python"
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 403)) || fail "bash $BASH_VERSION is too old" "Use 4.3 or newer"
 NNODES=${NNODES:-1}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 PORT=${PORT:-29500}
+STUCK_SECONDS=${STUCK_SECONDS:-60}
 positive NNODES
 positive NPROC_PER_NODE
 positive PORT
+positive STUCK_SECONDS
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number"
 
 run_dir=
@@ -77,25 +81,41 @@ source "$repository/launch/env.sh"
 ) &
 agent=$!
 
+children() {
+  # Kernels built without the former have procps as a rule.
+  cat "/proc/$agent/task/"*/children 2>/dev/null || pgrep -P "$agent" || true
+}
+
 # Again and again, for those that were not set up yet or have been started anew since.
 told=
 stop() {
   local processes
   told=1
-  # Kernels built without the former have procps as a rule.
-  read -r -d '' -a processes < <(cat "/proc/$agent/task/"*/children 2>/dev/null || pgrep -P "$agent") || true
+  read -r -d '' -a processes < <(children) || true
   ((${#processes[@]} == 0)) || kill -USR1 "${processes[@]}" 2>/dev/null || true
 }
 trap stop USR1 TERM
 trap 'kill -INT "$agent" 2>/dev/null || true' INT
 
+# Whether torchrun has not even noticed that all its processes have ended: it waits for an answer of HEAD, without end.
+stuck() {
+  local process processes
+  read -r -d '' -a processes < <(children) || true
+  ((${#processes[@]})) || return 1
+  for process in "${processes[@]}"; do
+    grep -qs '^State:.Z' "/proc/$process/status" || return 1
+  done
+}
+
+alive=$SECONDS
 while kill -0 "$agent" 2>/dev/null; do
-  if [[ -n $told ]]; then
-    sleep 2 &
-    wait -n "$agent" $! || true
-    stop
-  else
-    wait "$agent" || true
+  sleep 2 >/dev/null 2>&1 &
+  wait -n "$agent" $! || true
+  [[ -z $told ]] || stop
+  stuck || alive=$SECONDS
+  if ((SECONDS - alive > STUCK_SECONDS)); then
+    echo "torchrun.sh: the processes of this node have ended (see $logs), and ${HEAD:-localhost} cannot be reached" >&2
+    kill -KILL "$agent" 2>/dev/null || true
   fi
 done
 wait "$agent"

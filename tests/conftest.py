@@ -4,6 +4,7 @@
 """
 
 import os
+import statistics
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say by how much ranks differed from one rank, over all meshes and with each planted bug, and what all started from."""
-    figures, seconds, planted, weights, documents, traffic = [], 0.0, {}, [], {}, {}
+    figures, seconds, planted, weights, documents, traffic, faults = [], 0.0, {}, [], {}, {}, {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in getattr(report, "user_properties", ()):
             if name == "parity" and report.when == "call":
@@ -56,6 +57,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 traffic |= value
             if name == "planted" and report.when == "call":
                 planted |= value
+            if name == "fault" and report.when == "call":
+                faults |= value
             if name == "initial weights" and report.when == "call":
                 weights.append(value)
     if figures:
@@ -78,3 +81,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for bug, differences in planted.items():
         shown = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
         terminalreporter.write_line(f"planted: {bug}: {shown}")
+    for fault, runs in faults.items():
+        if all(runs.values()):
+            took, lost, differences = (sorted(runs[kind]) for kind in ("seconds", "lost", "differences"))
+            terminalreporter.write_line(
+                f"fault: {fault}: {len(took)} runs; over within {took[0]:.1f} to {took[-1]:.1f} s "
+                f"(median {statistics.median(took):.1f}); {lost[0]} to {lost[-1]} steps lost; losses off by {differences[-1]:.1e}"
+            )

@@ -10,7 +10,6 @@ process was started, medians of N (default 3).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mamba.config import ConfigError, require
+from megatron_mamba.train.metrics import read_records
 
 DEFAULT = ("model=hybrid_tiny", "data.seq_length=2048")
 ONE_STEP = (
@@ -38,20 +38,23 @@ def seconds_until(events: tuple[str, ...], settings: list[str], folder: Path, ca
     command = [sys.executable, "-m", "megatron_mamba.train", *ONE_STEP, *settings, f"run.dir={folder}"]
     begin = time.perf_counter()
     taken: list[float] = []
-    file, log = folder / "metrics.jsonl", folder.with_suffix(".log")
+    log = folder.with_suffix(".log")
     with log.open("w") as output:
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     while len(taken) < len(events) and process.poll() is None:
         time.sleep(0.005)
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        kinds = {record.get("event", record["kind"]) for record in records}
+        kinds = {record.get("event", record["kind"]) for record in read_records(folder / "metrics.jsonl")}
         while len(taken) < len(events) and events[len(taken)] in kinds:
             taken.append(time.perf_counter() - begin)
-    trained, last = process.wait() == 0 and len(taken) == len(events), log.read_text()[-2000:].strip()
-    require(trained, "SETTING", " ".join(settings), f"does not train:\n{last}\n", "Give settings that megatron_mamba.train takes")
+    require_trained(process.wait() == 0 and len(taken) == len(events), settings, log.read_text())
     return taken
+
+
+def require_trained(trained: bool, settings: list[str], output: str) -> None:
+    """Refuse settings that training did not take, with the end of what it said."""
+    what = f"does not train:\n{output[-4000:].strip()}\n"
+    require(trained, "SETTING", " ".join(settings), what, "Give settings that megatron_mamba.train takes")
 
 
 def main(argv: list[str]) -> int:

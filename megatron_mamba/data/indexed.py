@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class DataError(ValueError):
@@ -65,6 +68,33 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def build_once(path: Path, build: Callable[[], None]) -> None:
+    """Let one of the processes that call this, of whatever node, make the file `path` by `build`; the others wait for it.
+
+    What they wait for is a lock on PATH.lock, which a process that dies gives back: then the next one builds. Where the file
+    system has no locks every process builds; `build` must therefore put the file in place as a whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def missing() -> bool:
+        # Not path.exists(): NFS remembers for a while that a name was not there, until the folder is opened.
+        return path.name not in os.listdir(path.parent)
+
+    with open(path.with_name(f"{path.name}.lock"), "ab+") as lock:
+        while missing():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            if missing():
+                build()
+
+
 class IndexedReader:
     """Memory-mapped corpus at `prefix`.
 
@@ -80,9 +110,10 @@ class IndexedReader:
                     f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; "
                     "tools/prepare_data.py writes them"
                 )
-        self.dtype, n_sequences, n_borders = self._read_header()
+        with open(idx_path(prefix), "rb") as file:
+            self.dtype, n_sequences, n_borders = self._read_header(file)
+            index = np.memmap(file, mode="r")
         offset = _HEADER.size
-        index = np.memmap(idx_path(prefix), mode="r")
         self.sequence_lengths = np.frombuffer(index, "<i4", n_sequences, offset)
         offset += 4 * n_sequences
         self._pointers = np.frombuffer(index, "<i8", n_sequences, offset)
@@ -95,22 +126,19 @@ class IndexedReader:
                 f"{idx_path(prefix)}: its document borders and sequence lengths contradict each other: "
                 "the file is corrupt. Write the corpus again"
             )
-        found = bin_path(prefix).stat().st_size
+        self._file = open(bin_path(prefix), "rb")  # noqa: SIM115 (open as long as the reader lives)
+        found = os.fstat(self._file.fileno()).st_size
         if found != n_bytes:
             raise DataError(
                 f"{bin_path(prefix)}: expected {n_bytes} bytes as {idx_path(prefix).name} says, found {found}: "
                 f"the file is {'truncated' if found < n_bytes else 'longer than its index'}. "
                 "Copy both files again, or write the corpus again"
             )
-        self.tokens: np.ndarray = np.memmap(bin_path(prefix), self.dtype, "r") if n_bytes else np.empty(0, self.dtype)
+        self.tokens: np.ndarray = np.memmap(self._file, self.dtype, "r") if n_bytes else np.empty(0, self.dtype)
         """All tokens of the corpus in file order, memory-mapped: slices are zero-copy and may span documents."""
-        self._file = open(bin_path(prefix), "rb")  # noqa: SIM115 (open as long as the reader lives)
 
-    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
-        path = idx_path(self.prefix)
-        with open(path, "rb") as file:
-            header = file.read(_HEADER.size)
-        size = path.stat().st_size
+    def _read_header(self, file: IO[bytes]) -> tuple[np.dtype[Any], int, int]:
+        path, header, size = idx_path(self.prefix), file.read(_HEADER.size), os.fstat(file.fileno()).st_size
         if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
             raise DataError(
                 f"{path}: starts with {header[: len(MAGIC)]!r}, expected {MAGIC!r}: not an index of Megatron-LM's "

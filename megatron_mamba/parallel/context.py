@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,12 +142,23 @@ class ParallelContext:
         return value
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on any."""
-        value = torch.tensor(int(flag))
+        """True on every rank if `flag` is true on any (a collective)."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, value: int) -> int:
+        """Of all ranks (a collective)."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank, on every rank (a collective)."""
+        everywhere: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            value = value.to(self.device)
-            dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            dist.all_gather_object(everywhere, value)
+        return everywhere
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,14 +1,16 @@
-"""What the machine of each rank gives before training begins: a product that must be right, and how fast it computes, copies and
-sends to the next rank. A GPU that is slow or wrong is cheapest to find before it has company."""
+"""What the machine of each rank gives: a product that must be right, and how fast it computes, copies and sends to the next rank.
+
+A GPU that is slow or wrong is cheapest to find before training begins, when it has no company. Later a step takes as long on all
+ranks, as they wait for each other: a slow one is found by what each does alone, that product, and reading data."""
 
 from __future__ import annotations
 
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -18,32 +20,44 @@ from megatron_mamba.parallel.context import ParallelContext
 SLOW = 0.8
 """Of the median of all ranks: below it a rank is named."""
 
-RATES = {"tflops": "TFLOP/s in a bf16 matrix product", "copy_gbps": "GB/s in a copy", "link_gbps": "GB/s to the next rank"}
+RATES = {
+    "tflops": "TFLOP/s in a bf16 matrix product", "copy_gbps": "GB/s in a copy", "link_gbps": "GB/s to the next rank",
+    "free_gib": "GiB of free memory",
+}  # fmt: skip
+
+WAITING = 0.05
+"""Of the time of a step: from there on it matters that a rank waits for data, and twice as long as the median is too long."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one rank's machine. `link_gbps` is None for a rank alone."""
+    """Of one rank's machine. What was not measured is None."""
 
     host: str
     correct: bool
     tflops: float
-    copy_gbps: float
-    link_gbps: float | None
+    copy_gbps: float | None = None
+    link_gbps: float | None = None
+    free_gib: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By phase of training, since the reading before."""
 
 
 def examine(context: ParallelContext) -> list[Reading]:
-    """Measure every rank's machine at the same time (a collective); the same list on every rank."""
+    """Measure every rank's machine at the same time, before it has work (a collective); the same list on every rank."""
     large = context.device.type == "cuda"
     correct, tflops = _product(context.device, 4096 if large else 128)
     copy = _copy(context.device, 1 << (28 if large else 20))
     link = _link(context, 1 << (26 if large else 18)) if context.world_size > 1 else None
-    reading = Reading(socket.gethostname(), correct, tflops, copy, link)
-    if context.world_size == 1:
-        return [reading]
-    everywhere: list[Any] = [None] * context.world_size
-    dist.all_gather_object(everywhere, reading)
-    return everywhere
+    free = torch.cuda.mem_get_info(context.device)[0] / 2**30 if large else None
+    return context.gather(Reading(socket.gethostname(), correct, tflops, copy, link, free))
+
+
+def look(context: ParallelContext, seconds: Mapping[str, float]) -> list[Reading]:
+    """Between two steps: whether each rank's machine still computes rightly and as fast, and where its time went, `seconds` by
+    phase (a collective). Takes 25 MiB and some milliseconds of a GPU."""
+    correct, tflops = _product(context.device, 2048 if context.device.type == "cuda" else 128)
+    return context.gather(Reading(socket.gethostname(), correct, tflops, seconds=dict(seconds)))
 
 
 def wrong(readings: Sequence[Reading]) -> list[str]:
@@ -52,48 +66,59 @@ def wrong(readings: Sequence[Reading]) -> list[str]:
 
 
 def slow(readings: Sequence[Reading]) -> list[str]:
-    """A line for each rank that is far below the others in one of the rates."""
+    """A line for each rank that is far below the others in one of the rates, or waits much longer for data."""
     lines = []
-    for name, what in RATES.items():
-        values = [getattr(reading, name) for reading in readings]
-        if len(values) < 2 or None in values:
-            continue
-        median = statistics.median(values)
-        lines += [
-            f"rank {rank} on {readings[rank].host}: {value:.3g} {what}, the median is {median:.3g}"
-            for rank, value in enumerate(values)
-            if value < SLOW * median
-        ]
-    return lines
+    # The last rank of a node sends through the network: its like are the last ranks of others.
+    leaves = [reading.host != readings[(rank + 1) % len(readings)].host for rank, reading in enumerate(readings)]
+    for name, values in _rates(readings).items():
+        for rank, value in enumerate(values):
+            like = [v for v, way in zip(values, leaves, strict=True) if name != "link_gbps" or way == leaves[rank]]
+            if value < SLOW * (median := statistics.median(like)):
+                lines.append(f"rank {rank} on {readings[rank].host}: {value:.3g} {RATES[name]}, the median is {median:.3g}")
+    waits = [reading.seconds.get("data", 0.0) for reading in readings]
+    median = statistics.median(waits)
+    return lines + [
+        f"rank {rank} on {readings[rank].host}: {wait:.3g} of {sum(readings[rank].seconds.values()):.3g} s waiting for data, the "
+        f"median is {median:.3g}"
+        for rank, wait in enumerate(waits)
+        if wait > 2 * median and wait > WAITING * sum(readings[rank].seconds.values())
+    ]
 
 
 def summary(readings: Sequence[Reading]) -> dict[str, dict[str, float]]:
-    """Least, median and largest of each rate over the ranks."""
-    columns = {name: [asdict(reading)[name] for reading in readings] for name in RATES}
+    """Least, median and largest of each rate, and of the seconds of each phase, over the ranks."""
+    phases = dict.fromkeys(phase for reading in readings for phase in reading.seconds)
+    columns = _rates(readings) | {f"{p}_seconds": [reading.seconds.get(p, 0.0) for reading in readings] for p in phases}
     return {
-        name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
-        for name, values in columns.items()
-        if None not in values
+        name: {"min": min(values), "median": statistics.median(values), "max": max(values)} for name, values in columns.items()
     }
+
+
+def _rates(readings: Sequence[Reading]) -> dict[str, list[float]]:
+    """By name those that all ranks have."""
+    columns = {name: [getattr(reading, name) for reading in readings] for name in RATES}
+    return {name: values for name, values in columns.items() if values and None not in values}
 
 
 @torch.no_grad()
 def _product(device: torch.device, size: int) -> tuple[bool, float]:
-    """Whether the product of :func:`_factors` is right, by its row sums, which are known in integers; and TFLOP/s of it."""
-    left, right = _factors(size)
-    expected = (left * right.sum(1)).sum(1)
-    a, b = (t.to(device, torch.bfloat16) for t in (left, right))
+    """Whether the product of :func:`_factors` is right, by its row sums, which float32 has exactly; and TFLOP/s of it."""
+    left, right, expected = _factors(size)
+    a, b = left.to(device), right.to(device)
     product = a @ b
-    correct = bool(torch.equal(product.long().sum(1).cpu(), expected))
+    correct = bool(torch.equal(product.sum(1, dtype=torch.float32).cpu(), expected))
     seconds = _seconds(device, lambda: torch.mm(a, b, out=product), 10)
     return correct, 2e-12 * size**3 / seconds
 
 
-def _factors(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square matrices of -1, 0 and 1, with so many zeros that bfloat16 has the elements of their product, up to 256, exactly."""
+@lru_cache(maxsize=1)
+def _factors(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Square matrices of -1, 0 and 1, with so many zeros that bfloat16 has the elements of their product, up to 256, exactly; and
+    the sums of its rows."""
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randint(-1, 2, (size, size), generator=generator) for _ in range(2))
-    return left, right * torch.randint(0, 2, (size, size), generator=generator)
+    right *= torch.randint(0, 2, (size, size), generator=generator)
+    return left.bfloat16(), right.bfloat16(), (left * right.sum(1)).sum(1).float()
 
 
 @torch.no_grad()

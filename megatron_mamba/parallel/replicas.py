@@ -6,7 +6,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,8 +39,7 @@ def differing_replicas(parameters: Iterable[tuple[str, Tensor]], context: Parall
             found |= {(name, rank) for rank in _minority(column.tolist(), ranks)}
     if not context.any_rank(bool(found)):
         return []
-    everywhere: list[Any] = [None] * context.world_size
-    dist.all_gather_object(everywhere, (socket.gethostname(), found))
+    everywhere = context.gather((socket.gethostname(), found))
     odd = sorted(set[tuple[str, int]]().union(*(found for _, found in everywhere)))
     return [
         f"{name} ({', '.join(f'rank {rank} on {everywhere[rank][0]}' for _, rank in some)})"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -19,8 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -40,6 +41,8 @@ ANSWER_SECONDS = 5.0
 
 STOP_SECONDS = 10.0
 """In place of the patience with a silent rank once the run has been told to stop: torchrun stops all when one has failed."""
+
+_now = time.monotonic  # Tests set this clock.
 
 _BROKEN = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "timed out waiting", "nccl")
 
@@ -64,13 +67,16 @@ class Watchdog:
         self._rank, self._world, self._store = rank, world_size, store if world_size > 1 else None
         self._seconds, self._patience, self._stopping, self._interval = seconds, heartbeat_seconds, stopping, interval
         self._end, self._traces, self._host, self._next = end, traces, socket.gethostname(), (rank + 1) % world_size
-        self._step, self._phase, self._since = 0, SET_UP, time.monotonic()
-        self._done = threading.Event()
+        self._step, self._phase, self._since = 0, SET_UP, _now()
+        self._asked = math.inf  # Since when the store owes an answer.
+        self._beats, self._heard, self._heard_at = 0, "", _now()
+        self._done, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
 
     def reached(self, step: int, phase: str) -> None:
         """Note progress: training is now at `phase` of the step after `step`."""
-        self._step, self._phase, self._since = step, phase, time.monotonic()
+        self._step, self._phase, self._since = step, phase, _now()
 
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks of an exception that only this one may have; first wait for the cause if it tells of a lost
@@ -90,6 +96,7 @@ class Watchdog:
         if self._seconds is not None:
             if self._store is not None:
                 self._store.set(f"process {self._rank}", f"{self._host} {os.getpid()}")
+                self._guard.start()
             self.reached(self._step, self._phase)
             self._thread.start()
         return self
@@ -98,45 +105,58 @@ class Watchdog:
         self._done.set()
         if self._thread.is_alive() and self._store is not None:
             self._thread.join(2 * self._interval)
-            try:
+            with suppress(RuntimeError), self._asking():  # The rank that held the store may have ended.
                 self._store.set(f"beat {self._rank}", "end")
-            except RuntimeError:  # The rank that held the store has ended.
-                return
+        self._over.set()
 
     # ---------------------------------------------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
-        beats, heard, heard_at = 0, "", time.monotonic()
+        self._heard_at = _now()
         while not self._done.wait(self._interval):
-            waited = time.monotonic() - self._since
-            patience = min(STOP_SECONDS, self._patience) if self._stopping() else self._patience
-            assert self._seconds is not None
-            if self._store is None:
-                if waited > self._seconds and self._phase != SET_UP:
-                    self._leave(f"no progress for {waited:.0f} s", [], stacks=True)
-                continue
-            try:
-                beats += 1
-                self._store.set(f"beat {self._rank}", str(beats))
-                if (alarm := self._raised()) is not None:
-                    self._answer(alarm)
-                    continue
-                beat = self._read(f"beat {self._next}") or ""
-            except RuntimeError as error:
-                if waited > patience:
-                    self._leave(f"the store of the run does not answer ({_first_line(error)}): its host is gone", [], stacks=True)
-                continue
-            if beat != heard or beat == "end":
-                heard, heard_at = beat, time.monotonic()
-            silent = time.monotonic() - heard_at
+            self._look()
+
+    def _look(self) -> None:
+        """Give a sign of life, and raise an alarm or answer one where there is reason to."""
+        waited, patience = _now() - self._since, self._patient()
+        assert self._seconds is not None
+        if self._store is None:
             if waited > self._seconds and self._phase != SET_UP:
-                self._alarm(f"no progress for {waited:.0f} s")
-            elif silent > patience and waited > patience:
-                self._alarm(
-                    f"rank {self._next} has not been heard of for {silent:.0f} s: its process is stopped or gone, or its host "
-                    "cannot be reached",
-                    suspect=self._next,
-                )
+                self._leave(f"no progress for {waited:.0f} s", [], stacks=True)
+            return
+        try:
+            self._beats += 1
+            with self._asking():
+                self._store.set(f"beat {self._rank}", str(self._beats))
+            if (alarm := self._raised()) is not None:
+                self._answer(alarm)
+                return
+            beat = self._read(f"beat {self._next}") or ""
+        except RuntimeError as error:
+            if waited > patience:
+                self._leave(f"the store of the run does not answer ({_first_line(error)}): its host is gone", [], stacks=True)
+            return
+        if beat != self._heard or beat == "end":
+            self._heard, self._heard_at = beat, _now()
+        silent = _now() - self._heard_at
+        if waited > self._seconds and self._phase != SET_UP:
+            self._alarm(f"no progress for {waited:.0f} s")
+        elif silent > patience and waited > patience:
+            self._alarm(
+                f"rank {self._next} has not been heard of for {silent:.0f} s: its process is stopped or gone, or its host "
+                "cannot be reached",
+                suspect=self._next,
+            )
+
+    def _watch_store(self) -> None:
+        """End this rank where an answer of the store never comes, as over a cut network: who asked waits without end."""
+        while not self._over.wait(self._interval):
+            now, patience = _now(), self._patient()
+            if min(now - self._asked, now - self._since) > patience:
+                self._leave(f"the store of the run has not answered for {patience:.0f} s: its host is cut off", [], stacks=True)
+
+    def _patient(self) -> float:
+        return min(STOP_SECONDS, self._patience) if self._stopping() else self._patience
 
     def _alarm(self, reason: str, suspect: int | None = None) -> None:
         """Raise an alarm, or answer the one that another rank raised just before."""
@@ -154,7 +174,8 @@ class Watchdog:
         """Say where this rank is and end; after a failure elsewhere, only if it does not go on to end by itself."""
         where = f"rank {alarm['rank']} on {alarm['host']}"
         if alarm["kind"] == "failure":
-            if alarm["rank"] != self._rank and time.monotonic() - self._since > ANSWER_SECONDS:
+            # The rank that failed ends first, and breaks the connections of those that wait for it.
+            if alarm["rank"] != self._rank and not self._done.wait(ANSWER_SECONDS) and (_now() - self._since > ANSWER_SECONDS):
                 self._say(f"{where} failed ({alarm['reason']}); rank {self._rank} ends")
                 self._end(EXIT_CODE)
             return
@@ -166,28 +187,26 @@ class Watchdog:
 
     def _leave(self, reason: str, places: list[str], *, stacks: bool, suspect: int | None = None) -> None:
         if stacks:
-            self._dump()
+            self._dump(tell=False)
         here = f"rank {self._rank} on {self._host}, step {self._step}, {self._phase}"
         message = "\n  ".join([f"{here}: {reason}. The stacks of every rank that answered are in its log.", *places])
         self._say(message)
         record(RankError(message))
-        if suspect is not None:
-            time.sleep(ANSWER_SECONDS / 4)  # Torchrun goes by whole seconds.
-            self._kill(suspect)
+        self._kill(suspect)
         self._end(EXIT_CODE)
 
     def _kill(self, suspect: int | None) -> None:
         """Kill a silent rank of this host: torchrun asks a process to end first, which one that is stopped does not hear."""
         with suppress(RuntimeError):
             host, _, pid = ("" if suspect is None else self._read(f"process {suspect}") or "").rpartition(" ")
-            if host == self._host and _parent(int(pid)) == os.getppid():
+            if host == self._host and int(pid) != os.getpid() and _parent(int(pid)) == os.getppid():
                 os.kill(int(pid), signal.SIGKILL)
 
-    def _dump(self) -> None:
-        """Write the stacks of all threads to stderr, NCCL's last collectives beside the logs, and the place to the store."""
-        waited = time.monotonic() - self._since
+    def _dump(self, *, tell: bool = True) -> None:
+        """Write the stacks of all threads to stderr, NCCL's last collectives beside the logs, and tell the store the place."""
+        waited = _now() - self._since
         with suppress(RuntimeError):  # The store may be what is gone.
-            if self._store is not None:
+            if tell and self._store is not None:
                 self._store.set(f"place {self._rank}", json.dumps([self._step, self._phase, round(waited), self._host]))
         self._say(f"rank {self._rank} on {self._host}: step {self._step}, {self._phase} for {waited:.0f} s. Stacks of its threads:")
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
@@ -220,7 +239,8 @@ class Watchdog:
         """Put an alarm where all see it; returns the one that was there first."""
         assert self._store is not None
         alarm = json.dumps({"rank": self._rank, "host": self._host, "kind": kind, "reason": reason, "suspect": suspect})
-        first: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", alarm))
+        with self._asking():
+            first: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", alarm))
         return first
 
     def _raised(self) -> dict[str, Any] | None:
@@ -229,7 +249,16 @@ class Watchdog:
 
     def _read(self, key: str) -> str | None:
         assert self._store is not None
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        with self._asking():
+            return self._store.get(key).decode() if self._store.check([key]) else None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._asked = _now()
+        try:
+            yield
+        finally:
+            self._asked = math.inf
 
     def _say(self, text: str) -> None:
         print(f"watchdog: {text}", file=sys.__stderr__, flush=True)
@@ -257,12 +286,16 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def record(error: BaseException) -> None:
-    """Leave an exception and its traceback where torchrun, if it started this process, finds it: it shows a group's first one."""
+    """Leave an exception and its traceback where torchrun, if it started this process, finds it: it shows a group's first one.
+
+    Returns a second later: torchrun goes by whole seconds, and others may end as soon as this process does.
+    """
     if dist.is_torchelastic_launched():
         try:
             raise error
         except BaseException as raised:  # What it writes is the exception that is handled.
             get_error_handler().record_exception(raised)
+        time.sleep(1.0)
 
 
 def crash(error: BaseException) -> NoReturn:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
+import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mamba_kernels import backend
 from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
-from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
+from megatron_mamba.config import Config, ConfigError, to_dict
 from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
 from megatron_mamba.data.loader import Batch, Loader
 from megatron_mamba.model import build_pipeline
@@ -38,10 +39,11 @@ from megatron_mamba.parallel import health
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
-from megatron_mamba.parallel.watchdog import Watchdog
+from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
+from megatron_mamba.train.checks import changed_settings, check_batches, check_same_model, mesh_name
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import plot_run
-from megatron_mamba.train.resilience import SkipCounter, StopRequest, TrainingError, seed_everything
+from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def train(config: Config) -> int:
 
     0: finished, or stopped on request (SIGTERM, SIGUSR1, trainer.stop_after_samples) with a checkpoint. Raises
     ConfigError, DataError or CheckpointError for input that cannot work and :class:`TrainingError` when too many steps
-    in a row were not finite.
+    in a row were not finite or spikes, or a machine computes wrongly.
     """
     context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
     # From before the model is built until the last save is on the disk: no signal, be it the second, ends a rank in the middle.
@@ -74,6 +76,15 @@ def train(config: Config) -> int:
     return 0
 
 
+class Passes(NamedTuple):
+    """What forward and backward passes of a step give."""
+
+    loss: float
+    grad_norm: float
+    own_loss: float  # this rank's share of the loss
+    norm: Tensor  # grad_norm on the device
+
+
 class Trainer:
     """One run on one rank: model, optimizer, data and the counters that a checkpoint holds."""
 
@@ -82,7 +93,7 @@ class Trainer:
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
-        _check_batches(config, context)
+        check_batches(config, context)
         learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
@@ -117,15 +128,20 @@ class Trainer:
             self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
         self.step = self.consumed_samples = self.consumed_tokens = 0
         self.saved_step = self.checked_step = 0
+        self.passed_over = 0  # Samples that were read and then left behind: they train nothing.
+        self.save_is_due = False
+        self.last_trouble = ""
         self.origin = f"initial weights of seed {config.run.seed}"
-        self.skips = SkipCounter(config.trainer.max_skipped_steps)
+        self.trouble = Trouble(config.trainer.spike, config.trainer.max_skipped_steps)
         self._start_or_resume()
+        self.looked_step = self.step  # Examined above.
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         self.metrics = MetricLogger(config, self.run_dir, self.is_main, consumed_samples=self.consumed_samples)
         self._reached = watchdog.reached if watchdog is not None else lambda step, phase: None
         self.timer = PhaseTimer(context.device, lambda phase: self._reached(self.step, phase))
+        self.seconds = Counter[str]()
         self.flops_per_token = 3 * flops_per_token(config.model, config.data.seq_length)
         self.throughput = Throughput(
             self.flops_per_token, context.world_size, context.device, config.logging.peak_tflops, self.consumed_tokens
@@ -137,23 +153,8 @@ class Trainer:
         """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
         config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
-        batches = self._loader(self.data.train, self._index_batches(self.consumed_samples))
-        with batches:
-            while self.consumed_samples + self._batch_size() <= end and not self._stops():
-                record = self._train_step(batches)
-                if self.step % config.logging.interval == 0 or self.skips.in_a_row or self.consumed_samples >= end:
-                    record |= self.throughput.lap(self.consumed_tokens) | self.timer.lap() | memory_gib(self.context.device)
-                    self.metrics.log(record, kind="train")
-                else:
-                    self.metrics.advance(record)
-                if self.skips.exhausted:
-                    self._give_up(record)
-                if config.eval.interval and self.step % config.eval.interval == 0:
-                    self._evaluate("valid", self.data.valid)
-                if self.step % config.trainer.replica_check_interval == 0:
-                    self._check_replicas()
-                if self.step % config.checkpoint.interval == 0:
-                    self._save()
+        while self._train_to(end):
+            self._rewind()
         self._save()
         self.manager.wait()
         if self.consumed_samples + self._batch_size() > config.train_samples:
@@ -162,6 +163,61 @@ class Trainer:
             self._evaluate("test", self.data.test)
         if self.is_main and self.step > 0:
             plot_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
+
+    def _train_to(self, end: int) -> bool:
+        """Train until `end` samples or a signal; True as soon as the run should go back to its last checkpoint."""
+        config = self.config
+        with self._loader(self.data.train, self._index_batches(self.consumed_samples)) as batches:
+            while self.consumed_samples + self._batch_size() <= end and not self._stops():
+                record = self._train_step(batches)
+                if self.step % config.logging.interval == 0 or self.trouble.skipped_in_a_row or self.consumed_samples >= end:
+                    laps = self.timer.lap()
+                    self.seconds.update(laps["seconds"])
+                    record |= self.throughput.lap(self.consumed_tokens) | laps | memory_gib(self.context.device)
+                    self.metrics.log(record, kind="train")
+                else:
+                    self.metrics.advance(record)
+                if self.trouble.exhausted:
+                    self._give_up(record)
+                if self.trouble.rewinds_now and self.saved_step > 0:
+                    return True
+                if config.eval.interval and self.step % config.eval.interval == 0:
+                    self._evaluate("valid", self.data.valid)
+                if self.step % config.trainer.health_interval == 0 and config.trainer.health_check:
+                    self._look()
+                if self.step % config.trainer.replica_check_interval == 0:
+                    self._check_replicas()
+                self.save_is_due |= self.step % config.checkpoint.interval == 0
+                # Weights that a spike began with are none to go back to.
+                if self.save_is_due and not (config.trainer.spike.policy == "rewind" and self.trouble.spikes_in_a_row):
+                    self._save()
+        return False
+
+    def _rewind(self) -> None:
+        """Go back to the last checkpoint, and on to the samples after those that were read."""
+        self._reached(self.step, SET_UP)  # Reading a checkpoint may take any time.
+        rewinds, reached, step = self.trouble.rewinds + 1, self.consumed_samples + self.passed_over, self.step
+        if rewinds > self.config.trainer.spike.max_rewinds:
+            raise TrainingError(
+                f"step {step} is a spike, and the run has returned to a checkpoint {rewinds - 1} times already. The checkpoint of "
+                f"step {self.saved_step} in {self.config.checkpoint_dir} is from before it. Lower optim.lr, or look at the data; "
+                "trainer.spike.max_rewinds sets the limit."
+            )
+        self.manager.wait()
+        counted = self.trouble.counters() | {"rewinds": rewinds}
+        self._start_or_resume()
+        self.trouble.restore(self.trouble.state() | counted)
+        self.passed_over = reached - self.consumed_samples
+        self.looked_step = min(self.looked_step, self.step)
+        self.metrics.rewind(self.consumed_samples)
+        self.throughput.lap(self.consumed_tokens)
+        message = (
+            f"back from step {step} to {self.origin}: step {step} was a spike. The run goes on with sample {reached:,}; "
+            f"{self.passed_over:,} samples in all were passed over"
+        )
+        self.metrics.log({"message": message, "event": "rewind", "step": self.step, "cause": self.last_trouble}, kind="event")
+        self.saved_step = -1  # The same weights again, so that a restart passes over the samples too, and counts.
+        self._save()
 
     def _train_step(self, loader: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step over one global batch; returns what is worth logging."""
@@ -172,22 +228,27 @@ class Trainer:
             batches = [next(loader) for _ in range(count_micro)]
         targets = context.sum_over_tokens(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
         scale = 1.0 / max(targets, 1)
-        loss_value, norm_value, norm = self._gradients(batches, scale)
-        if not _finite(loss_value, norm_value):
+        passes = self._gradients(batches, scale)
+        # Ranks agree on it: one that went on alone would wait for the others without end.
+        own = self.trouble.of(passes.loss, passes.grad_norm)
+        again = worst = self.context.largest(own.severity)
+        if worst:
             # Once more with the same weights and samples: to know whose fault it is, and to go on if it was not theirs.
-            first = f"loss {loss_value}, grad norm {norm_value}"
+            first = passes
             self.optimizer.zero_grad(set_to_none=True)
-            loss_value, norm_value, norm = self._gradients(batches, scale)
-            self._report_rerun(first, loss_value, norm_value)
-        finite = _finite(loss_value, norm_value)
+            passes = self._gradients(batches, scale)
+            again = self.context.largest(self.trouble.of(passes.loss, passes.grad_norm).severity)
+            self.trouble.transient_faults += again < worst
+        skipped = self.trouble.skips(again, passes.loss, passes.grad_norm)
+        if worst:
+            self._report_rerun(own.what, first, passes, transient=again < worst, skipped=skipped)
         with self.timer.phase("optimizer"):
             lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
-            if finite:
-                clip_(self.parameters, norm, config.optim.clip_grad)
+            if not skipped:
+                clip_(self.parameters, passes.norm, config.optim.clip_grad)
                 set_learning_rate(self.optimizer, lr)
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.skips.record(finite)
         self.step += 1
         self.consumed_samples += batch_size
         self.consumed_tokens += batch_size * config.data.seq_length
@@ -195,33 +256,46 @@ class Trainer:
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
-            "loss": loss_value,
-            "grad_norm": norm_value,
+            "loss": passes.loss,
+            "grad_norm": passes.grad_norm,
             "lr": lr,
             "global_batch_size": batch_size,
-            "skipped_steps": self.skips.total,
-            "transient_faults": self.skips.transient,
+            **self.trouble.counters(),
         }
 
-    def _gradients(self, batches: Sequence[Batch], scale: float) -> tuple[float, float, Tensor]:
-        """Forward and backward passes of the micro-batches: loss and norm of the gradients, the latter on the device too."""
+    def _gradients(self, batches: Sequence[Batch], scale: float) -> Passes:
+        """Forward and backward passes of the micro-batches."""
         chunk = self.config.trainer.loss_chunk_tokens
         loss = self.pipeline.step(batches, scale=scale, chunk_tokens=chunk, phase=self.timer.phase)
         with self.timer.phase("optimizer"):
             norm = global_grad_norm(self.parameters, self.context)
-            loss_value, norm_value = torch.stack([self.pipeline.total(loss), norm.double()]).tolist()
-        return loss_value, norm_value, norm
+            own = loss.detach().clone()  # Before it is summed over ranks.
+            total, grad_norm, share = torch.stack([self.pipeline.total(loss), norm.double(), own.double()]).tolist()
+        return Passes(total, grad_norm, share, norm)
 
-    def _report_rerun(self, first: str, loss: float, norm: float) -> None:
-        transient = _finite(loss, norm)
-        self.skips.transient += transient
-        verdict = (
-            "the fault was transient: a machine's, not that of data or settings. The step goes on with the second result"
-            if transient
-            else "the fault comes again: of the samples, the weights or the settings. The step is skipped"
+    def _report_rerun(self, what: str, first: Passes, second: Passes, *, transient: bool, skipped: bool) -> None:
+        everywhere = self.context.gather((what, socket.gethostname(), first.own_loss, second.own_loss))
+        message = (
+            f"step {self.step + 1} {next(what for what, *_ in everywhere if what)}; run again: loss {second.loss}, "
+            f"grad norm {second.grad_norm}; {verdict(transient, skipped, [own for _, *own in everywhere])}"
         )
-        message = f"step {self.step + 1} was not finite ({first}); run again: loss {loss}, grad norm {norm}; {verdict}"
+        self.last_trouble = message
         self.metrics.log({"message": message, "step": self.step + 1}, kind="event")
+
+    def _look(self) -> None:
+        """Whether the machines still compute rightly, which are slow, and where the ranks' time went."""
+        readings = health.look(self.context, self.seconds)
+        self.seconds.clear()
+        slow = health.slow(readings)
+        if wrong := health.wrong(readings):
+            raise TrainingError(
+                f"at step {self.step} a matrix product was wrong on {', '.join(wrong)}. It was right at step {self.looked_step}; "
+                "checkpoints saved since may hold what these machines made. Take them out of service and go on from one before"
+            )
+        self.looked_step = self.step
+        message = f"step {self.step}: " + ("; ".join(["slow", *slow]) if slow else f"all {len(readings)} ranks compute rightly")
+        event = {"event": "health", "step": self.step, "health": health.summary(readings), "slow": "; ".join(slow)}
+        self.metrics.log({"message": message, **event}, kind="event")
 
     def _stops(self) -> bool:
         """Whether any rank was told to stop (a collective)."""
@@ -236,10 +310,10 @@ class Trainer:
         self._save()
         self.manager.wait()
         raise TrainingError(
-            f"{self.skips.in_a_row} steps in a row had a non-finite loss or gradient (last: loss {record['loss']}, "
-            f"grad norm {record['grad_norm']}, step {self.step}) and changed no weights. The checkpoint of step {self.step} in "
-            f"{self.config.checkpoint_dir} holds the weights from before them. Lower optim.lr, lengthen the warm-up, or check "
-            "the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
+            f"{self.trouble.skipped_in_a_row} steps in a row were spikes or had a non-finite loss or gradient (last: loss "
+            f"{record['loss']}, grad norm {record['grad_norm']}, step {self.step}) and changed no weights. The checkpoint of step "
+            f"{self.step} in {self.config.checkpoint_dir} holds the weights from before them. Lower optim.lr, lengthen the "
+            "warm-up, or check the data around the samples of these steps; trainer.max_skipped_steps sets the limit."
         )
 
     def _check_replicas(self) -> None:
@@ -313,15 +387,14 @@ class Trainer:
                 "step": self.step,
                 "consumed_samples": self.consumed_samples,
                 "consumed_tokens": self.consumed_tokens,
-                "skipped_steps": self.skips.total,
-                "skipped_in_a_row": self.skips.in_a_row,
-                "transient_faults": self.skips.transient,
+                "passed_over": self.passed_over,
+                **self.trouble.state(),
                 "config": to_dict(self.config),
                 "mesh": self.mesh,
                 "tokenizer": self._tokenizer,
             }
             self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())
-        self.saved_step = self.step
+        self.saved_step, self.save_is_due = self.step, False
 
     def _start_or_resume(self) -> None:
         """Continue from the latest checkpoint of the run, or take over weights from checkpoint.init_from."""
@@ -340,19 +413,19 @@ class Trainer:
             set_rng_state(rank_state)
         self.step = self.saved_step = self.checked_step = metadata["step"]
         self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
-        self.skips.total, self.skips.in_a_row = metadata["skipped_steps"], metadata["skipped_in_a_row"]
-        self.skips.transient = metadata.get("transient_faults", 0)
+        self.passed_over, self.save_is_due = metadata.get("passed_over", 0), False
+        self.trouble.restore(metadata)
         self.origin = f"checkpoint {latest}"
 
     def _metadata_of(self, source: Path) -> dict[str, Any]:
         """What the trainer that saved `source` knew: another model is refused, other settings and another mesh are named."""
         metadata = read_metadata(source)
-        _check_same_model(self.config, metadata["config"], source)
-        changed = _changed_settings(self.config, metadata["config"])
+        check_same_model(self.config, metadata["config"], source)
+        changed = changed_settings(self.config, metadata["config"])
         if self.is_main and changed:
             log.warning("other settings than those of %s: %s", source, ", ".join(changed))
         if self.is_main and metadata.get("mesh", self.mesh) != self.mesh:
-            was, is_ = _mesh_name(metadata["mesh"]), _mesh_name(self.mesh)
+            was, is_ = mesh_name(metadata["mesh"]), mesh_name(self.mesh)
             log.warning("%s was saved on %s and is laid out anew over %s", source, was, is_)
         return metadata
 
@@ -371,7 +444,7 @@ class Trainer:
         while consumed + (batch := global_batch_size(self.config.trainer, consumed)) <= end:
             share = batch // self.context.dp_size
             first = consumed + self.context.dp_rank * share
-            for start in range(first, first + share, micro):
+            for start in range(first + self.passed_over, first + self.passed_over + share, micro):
                 yield list(range(start, start + micro))
             consumed += batch
 
@@ -410,66 +483,3 @@ class Trainer:
         """Finish what is being written."""
         self.manager.close()
         self.metrics.close()
-
-
-def _finite(*values: float) -> bool:
-    return all(map(math.isfinite, values))
-
-
-def _check_batches(config: Config, context: ParallelContext) -> None:
-    """Every batch must share out evenly over data-parallel ranks and micro-batches, and the run must hold one."""
-    settings = {"trainer.global_batch_size": config.trainer.global_batch_size}
-    sizes = list(settings.values())
-    if (ramp := config.trainer.batch_ramp) is not None:
-        settings |= {"trainer.batch_ramp.start": ramp.start, "trainer.batch_ramp.increment": ramp.increment}
-        sizes += range(ramp.start, config.trainer.global_batch_size, ramp.increment)
-    for field, value in settings.items():
-        config.trainer.micro_batches(field, value, context.dp_size)
-    for size in sizes:
-        field = next((field for field, value in settings.items() if value == size), "trainer.batch_ramp.increment")
-        micro_batches = config.trainer.micro_batches(field, size, context.dp_size)
-        config.parallel.check_micro_batches(field, settings[field], size, micro_batches)
-    first = min(sizes)
-    require(
-        config.train_samples >= first,
-        "trainer.train_samples",
-        config.train_samples,
-        f"shorter than one global batch of {first} samples",
-        "Train longer, or lower trainer.global_batch_size",
-    )
-
-
-def _check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
-    """A run goes on with its own model. Raises ConfigError naming the first setting of another one."""
-    ours = to_dict(config)
-    # Settings of mixers that the pattern does not use make no difference.
-    unused = {"name", *set(MIXER_KINDS.values()) - set(config.model.layers)}
-    old = dict(_leaves({k: v for k, v in saved["model"].items() if k not in unused}, "model"))
-    new = dict(_leaves({k: v for k, v in ours["model"].items() if k not in unused}, "model"))
-    for key, value in new.items():
-        if old.get(key) != value:
-            raise ConfigError(
-                key,
-                value,
-                f"the checkpoint {path} is of another model, with {old.get(key)!r}",
-                "Give the run another run.dir, or the model it was started with",
-            )
-
-
-def _changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:
-    """Names of the settings that make another training than the saved one."""
-    ours, groups = to_dict(config), ("data", "optim", "trainer", "parallel", "recompute")
-    return [f"{group}.{key}" for group in groups for key in ours[group] if saved.get(group, {}).get(key) != ours[group][key]]
-
-
-def _mesh_name(sizes: dict[str, int]) -> str:
-    """For example ``dp_shard 2 x tp 2``."""
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
-
-
-def _leaves(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}.{key}")
-        else:
-            yield f"{path}.{key}", value

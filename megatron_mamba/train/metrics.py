@@ -151,7 +151,8 @@ class MetricLogger:
         if is_main:
             run_dir = Path(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._jsonl = JsonlSink(run_dir / "metrics.jsonl", consumed_samples)
+            self._path = run_dir / "metrics.jsonl"
+            self._jsonl = JsonlSink(self._path, consumed_samples)
             if config.logging.tensorboard:
                 self._open("TensorBoard", lambda: TensorBoardSink(run_dir, self._jsonl.last_step + 1))
             if config.logging.wandb.mode != "disabled":
@@ -191,6 +192,13 @@ class MetricLogger:
         """Show a training record on the live bar only: for every step, where :meth:`log` is for every logging.interval."""
         self._latest |= record
         self._bar.update(record["consumed_samples"] - self._bar.completed, **describe(self._latest))
+
+    def rewind(self, consumed_samples: int) -> None:
+        """Go on from the records up to `consumed_samples`, as a run that resumes there; TensorBoard and W&B keep the others."""
+        self._bar.skip(consumed_samples - self._bar.completed)
+        if self._main:
+            self._jsonl.close()
+            self._jsonl = JsonlSink(self._path, consumed_samples)
 
     def progress(self, total: int, description: str, unit: str = "") -> Progress:
         """Progress of a step inside the run (validation, say), drawn below the run's own bar."""
@@ -297,6 +305,13 @@ class WandbSink:
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without one that is not yet written to its end; none where there is no such file."""
+    file = Path(path)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def describe(record: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of a record that a person wants to see, formatted, by short names."""
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -309,10 +324,10 @@ def describe(record: Mapping[str, Any]) -> dict[str, str]:
         "mfu": ("MFU", "{:.1%}".format),
         "perplexity": ("ppl", "{:.4g}".format),
         "memory_gib": ("memory", "{:.3g} GiB".format),
-        "skipped_steps": ("skipped", str),
-        "transient_faults": ("transient faults", str),
     }
-    present = (name for name in shown if name in record and (record[name] or name not in ("skipped_steps", "transient_faults")))
+    counters = {"skipped_steps": "skipped", "transient_faults": "transient faults", "spikes": "spikes", "rewinds": "rewinds"}
+    shown |= {name: (short, str) for name, short in counters.items()}
+    present = (name for name in shown if name in record and (record[name] or name not in counters))
     return {shown[name][0]: shown[name][1](record[name]) for name in present}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_mamba.train.metrics import read_records
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with any colour vision, and in print."""
@@ -71,9 +72,8 @@ def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path, title: 
 def read_curves(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training and the validation records with a finite loss, in order."""
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
-    for line in Path(metrics_jsonl).read_text(encoding="utf-8").splitlines(keepends=True):
-        record = json.loads(line) if line.endswith("\n") else {}
-        if record.get("kind") in kinds and isinstance(record.get("loss"), int | float):
+    for record in read_records(metrics_jsonl):
+        if record["kind"] in kinds and isinstance(record.get("loss"), int | float):
             kinds[record["kind"]].append(record)
     if not kinds["train"]:
         raise ValueError(f"{metrics_jsonl} holds no training record with a finite loss; train for at least one log interval")

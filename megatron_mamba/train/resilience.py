@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from megatron_mamba.config import SpikeConfig
 from megatron_mamba.parallel.context import ParallelContext
+
+LEAST_SPREAD = 1e-3
+"""Of the mean: what a loss may differ by without being a spike, however steady it was."""
 
 
 class TrainingError(RuntimeError):
@@ -44,21 +53,97 @@ class StopRequest:
         return self.context.any_rank(self.received is not None)
 
 
-class SkipCounter:
-    """Counts steps that were skipped for a non-finite loss or gradient, in total and in a row, and those that were not because
-    the same passes run again were finite."""
+class Finding(NamedTuple):
+    """What is wrong with a step: FINE, a SPIKE or NOT_FINITE, and in words."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.total, self.in_a_row, self.transient = limit, 0, 0, 0
+    severity: int
+    what: str
 
-    def record(self, finite: bool) -> None:
-        """Note one step's outcome."""
-        self.total += not finite
-        self.in_a_row = 0 if finite else self.in_a_row + 1
+
+FINE, SPIKE, NOT_FINITE = range(3)
+
+
+class Trouble:
+    """Steps that go wrong, those whose loss or gradient is not finite and spikes: which they are, and how many there were.
+
+    A spike is a step whose loss or gradient norm is more than `spike.sigmas` standard deviations above the mean of the last
+    `spike.window` steps that changed weights (the measure of OLMo-core's SkipStepOptimizer).
+    """
+
+    COUNTERS = ("skipped_steps", "transient_faults", "spikes", "rewinds")
+
+    def __init__(self, spike: SpikeConfig, max_skipped: int) -> None:
+        self.spike, self.max_skipped = spike, max_skipped
+        self.skipped_steps = self.transient_faults = self.spikes = self.rewinds = 0
+        self.skipped_in_a_row = self.spikes_in_a_row = 0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=spike.window)
+
+    def of(self, loss: float, grad_norm: float) -> Finding:
+        """What is wrong with a step."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return Finding(NOT_FINITE, f"was not finite (loss {loss}, grad norm {grad_norm})")
+        if self.spike.policy == "off" or len(self._recent) < self.spike.window:
+            return Finding(FINE, "")
+        for name, value, recent in zip(("loss", "grad norm"), (loss, grad_norm), zip(*self._recent, strict=True), strict=True):
+            mean = statistics.fmean(recent)
+            spread = max(statistics.pstdev(recent, mean), LEAST_SPREAD * abs(mean))
+            if value > mean + self.spike.sigmas * spread:
+                said = f"({name} {value:.6g}, the last {len(recent)} steps had {mean:.6g} with deviation {spread:.3g})"
+                return Finding(SPIKE, f"is a spike {said}")
+        return Finding(FINE, "")
+
+    def skips(self, severity: int, loss: float, grad_norm: float) -> bool:
+        """Count a step whose passes, run again or not, ended so, on the rank that has it worst; whether it changes no weight."""
+        spike = severity == SPIKE
+        skipped = severity == NOT_FINITE or (spike and self.spike.policy != "report")
+        self.spikes += spike
+        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else self.spikes_in_a_row * (severity == NOT_FINITE)
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            self._recent.append((loss, grad_norm))
+        return skipped
 
     @property
     def exhausted(self) -> bool:
-        return self.in_a_row >= self.limit
+        return self.skipped_in_a_row >= self.max_skipped
+
+    @property
+    def rewinds_now(self) -> bool:
+        return self.spike.policy == "rewind" and self.spikes_in_a_row >= self.spike.patience
+
+    def counters(self) -> dict[str, int]:
+        """For records of metrics."""
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
+    def state(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {**self.counters(), "skipped_in_a_row": self.skipped_in_a_row, "recent": list(self._recent)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`; what an older one lacks is zero."""
+        for name in (*self.COUNTERS, "skipped_in_a_row"):
+            setattr(self, name, state.get(name, 0))
+        self.spikes_in_a_row = 0
+        self._recent.clear()
+        self._recent.extend((loss, grad_norm) for loss, grad_norm in state.get("recent", []))
+
+
+def verdict(transient: bool, skipped: bool, own: Sequence[tuple[str, float, float]]) -> str:
+    """What running a step's passes again has told. `own`: of each rank its host and its own share of the loss, both times."""
+    if not transient:
+        fate = "The step is skipped" if skipped else "The step is taken as it is (trainer.spike.policy)"
+        return f"the fault comes again: of the samples, the weights or the settings. {fate}"
+    changed = [
+        f"rank {rank} on {host} ({first:.6g}, then {second:.6g})"
+        for rank, (host, first, second) in enumerate(own)
+        if not math.isclose(first, second, rel_tol=1e-6)
+    ]
+    where = "No rank's share of the loss changed: it was in a backward pass or between ranks"
+    if changed:
+        where = f"The share of the loss changed of {', '.join(changed[:8])}"
+    fate = "The second result is a spike, and the step is skipped" if skipped else "The step goes on with the second result"
+    return f"the fault was transient: a machine's, not that of data or settings. {where}. {fate}"
 
 
 def seed_everything(seed: int) -> None:

@@ -29,7 +29,7 @@ from megatron_mamba.parallel.collectives import reduce_
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.linear import column_parallel, row_parallel
 from megatron_mamba.parallel.pipeline import Pipeline
-from megatron_mamba.train import loop
+from megatron_mamba.train.checks import check_batches
 from tiny import tiny
 
 pytestmark = pytest.mark.ranks
@@ -224,8 +224,8 @@ def test_batches_that_a_schedule_cannot_order(
     config = Config(MODEL, ParallelConfig(pp=2, schedule=schedule), data=DataConfig("synthetic"), trainer=trainer).validate()
     one_replica: ParallelContext = SimpleNamespace(dp_size=1)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=message):
-        loop._check_batches(config, one_replica)
-    loop._check_batches(replace(config, parallel=ParallelConfig(pp=2, schedule="zbv")), one_replica)
+        check_batches(config, one_replica)
+    check_batches(replace(config, parallel=ParallelConfig(pp=2, schedule="zbv")), one_replica)
 
 
 # ------------------------------------------------------------------------------------------------------- zero bubble

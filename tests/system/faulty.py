@@ -1,6 +1,7 @@
 """Training as the command line does it, with a fault on one rank: FAULT="KIND RANK STEP" in the environment."""
 
 import os
+import time
 
 import torch
 
@@ -13,6 +14,7 @@ train_step = loop.Trainer._train_step
 
 def faulty_step(self: loop.Trainer, *arguments: object) -> dict[str, object]:
     if self.context.global_rank == int(rank) and self.step == int(step):
+        print(f"fault at {time.time()}", flush=True)
         if kind == "exception":
             raise ValueError("a fault on purpose")
         if kind == "flip":

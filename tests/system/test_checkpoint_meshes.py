@@ -46,6 +46,7 @@ from megatron_mamba.optim import build_optimizer, optimizer_state
 from megatron_mamba.parallel import fsdp
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train import loop
+from megatron_mamba.train.metrics import read_records
 from tiny import tiny
 
 pytestmark = pytest.mark.ranks
@@ -327,7 +328,7 @@ def run(run_dir: Path, mesh: str, *settings: Any, **checkpoint: Any) -> None:
 
 def figures(run_dir: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_records(run_dir / "metrics.jsonl")
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"}
 
 
@@ -416,7 +417,7 @@ def test_a_checkpoint_after_a_validation(mesh: str, tied: bool, reshard: bool, t
         config_for(tmp_path / "plain", mesh, SAVED + 2, model, reshard=reshard),
         *(config_for(tmp_path / "validated", mesh, last, model, reshard=reshard, evaluate=SAVED) for last in (SAVED, SAVED + 2)),
     )
-    lines = map(json.loads, (tmp_path / "validated/metrics.jsonl").read_text().splitlines())
+    lines = read_records(tmp_path / "validated/metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [SAVED]
     plain, validated = (tmp_path / name / f"checkpoints/step_{SAVED:08}" for name in ("plain", "validated"))
     files = sorted(file.name for file in plain.glob("*.safetensors"))

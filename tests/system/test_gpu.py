@@ -1,6 +1,5 @@
 """The same code on a CUDA device: losses and gradients of the CPU, and a bf16 run that resumes bit for bit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from megatron_mamba.model import build
 from megatron_mamba.parallel import fsdp
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train.loop import train
+from megatron_mamba.train.metrics import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -89,7 +89,7 @@ def _losses(run_dir: Path, stop_after: int | None = None) -> list[float]:
         run=RunConfig(dir=str(run_dir)),
     )  # fmt: skip
     assert train(config.validate()) == 0
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(run_dir / "metrics.jsonl")
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 

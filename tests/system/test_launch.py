@@ -3,7 +3,6 @@
 The cluster needs slurmctld, slurmd and slurm-client (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client) and root.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from test_torchrun import MODEL, RUN, run
+
+from megatron_mamba.train.metrics import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -57,9 +58,7 @@ def until(condition: Callable[[], object], what: str, failed: Callable[[], str])
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if r["kind"] == kind]
+    return [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == kind]
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from harness import on_ranks
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train import loop
 from megatron_mamba.train.__main__ import compose
+from megatron_mamba.train.metrics import read_records
 
 pytestmark = pytest.mark.ranks
 
@@ -40,7 +40,7 @@ def train(run_dir: Path, length: int, steps: int, *overrides: str) -> list[float
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_run", lambda *_: None)
         on_ranks({"cp": config.parallel.cp}, body)
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_records(run_dir / "metrics.jsonl")
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 

@@ -1,12 +1,13 @@
 """The command line under torchrun: a run on two tensor-parallel GPUs, and its continuation on one. On CPUs, test_launch.py."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from megatron_mamba.train.metrics import read_records
 
 MODEL = ["model=hybrid_tiny", "model.pattern=Mm*-", "model.hidden_size=64", "model.vocab_size=120", "model.mamba.d_inner=64",
          "model.mamba.state_size=8", "model.mamba2.d_inner=64", "model.mamba2.head_dim=16", "model.mlp.ffn_size=96"]  # fmt: skip
@@ -23,7 +24,7 @@ def run(folder: Path, ranks: int, device: str, *settings: str) -> dict[int, floa
     arguments = [*MODEL, *RUN, length, f"run.dir={folder}", f"trainer.device={device}", *settings]
     done = subprocess.run([*start, "-m", "megatron_mamba.train", *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = read_records(folder / "metrics.jsonl")
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 

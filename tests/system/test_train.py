@@ -1,6 +1,5 @@
 """Whole runs on a tiny model: resume, signals, kills, non-finite steps, refusals."""
 
-import json
 import os
 import signal
 import time
@@ -26,13 +25,16 @@ from megatron_mamba.config import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    SpikeConfig,
     TrainerConfig,
     WandbConfig,
 )
+from megatron_mamba.data import build_datasets
 from megatron_mamba.model import LanguageModel
 from megatron_mamba.parallel import health
 from megatron_mamba.train import loop
 from megatron_mamba.train.loop import train
+from megatron_mamba.train.metrics import read_records
 from megatron_mamba.train.resilience import TrainingError
 from tiny import tiny
 
@@ -54,8 +56,7 @@ def config_for(run_dir: Path, **changes: Any) -> Config:
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == kind]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -168,7 +169,7 @@ def test_non_finite_steps_change_nothing_and_end_the_run(tmp_path: Path, monkeyp
         train(config_for(tmp_path, trainer={"max_skipped_steps": 3}, eval={"interval": 0}, checkpoint={"keep_last": 9}))
     assert [r["skipped_steps"] for r in records(tmp_path)] == [0, 0, 1, 2, 2, 3, 4, 5]
     assert {r["transient_faults"] for r in records(tmp_path)} == {0}
-    events = [json.loads(line)["message"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "not finite" in line]
+    events = [r["message"] for r in records(tmp_path, "event") if "not finite" in r.get("message", "")]
     assert [int(message.split()[1]) for message in events] == [3, 4, 6, 7, 8]
     assert all("comes again" in message for message in events)
     four, eight = ({**read_metadata(tmp_path / f"checkpoints/step_0000000{n}")} for n in (4, 8))
@@ -180,6 +181,123 @@ def test_a_machine_that_computes_wrongly_trains_nothing(tmp_path: Path, monkeypa
     with pytest.raises(TrainingError, match=r"a matrix product was wrong on rank 0 on .*trainer\.health_check"):
         train(config_for(tmp_path))
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").glob("step_*"))
+    train(config_for(tmp_path, trainer={"health_check": False, "watchdog_seconds": None, "train_samples": 16}))
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_machines_are_looked_at_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, after 4 and after 8, when a product is wrong."""
+    product, looks = health._product, []
+
+    def third_is_wrong(device: torch.device, size: int) -> tuple[bool, float]:
+        looks.append(size)
+        correct, rate = product(device, size)
+        return correct and len(looks) != 3, rate
+
+    monkeypatch.setattr(health, "_product", third_is_wrong)
+    with pytest.raises(TrainingError, match=r"at step 8 a matrix product was wrong on rank 0 on .* right at step 4"):
+        train(config_for(tmp_path, trainer={"health_interval": 4}, checkpoint={"interval": 100}))
+    (event,) = (record for record in records(tmp_path, "event") if record.get("event") == "health")
+    assert event["step"] == 4
+    assert {"tflops", "data_seconds", "forward_seconds", "backward_seconds"} <= set(event["health"])
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
+
+
+def test_machines_are_looked_at_when_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config_for(tmp_path, trainer={"stop_after_samples": 16}))
+    product, looks = health._product, []
+
+    def second_is_wrong(device: torch.device, size: int) -> tuple[bool, float]:
+        looks.append(size)
+        correct, rate = product(device, size)
+        return correct and len(looks) != 2, rate
+
+    monkeypatch.setattr(health, "_product", second_is_wrong)
+    with pytest.raises(TrainingError, match=r"at step 8 a matrix product was wrong on .* right at step 4"):
+        train(config_for(tmp_path, trainer={"health_interval": 8}))
+
+
+def spikes(monkeypatch: pytest.MonkeyPatch, *passes: tuple[int, int]) -> list[tuple[int, int]]:
+    """Add 100 to the loss of steps, at the first or second run of their passes; the list returned gets the steps and the first
+    token of what they train on."""
+    gradients, seen = loop.Trainer._gradients, list[tuple[int, int]]()
+
+    def spiky(self: loop.Trainer, batches: Any, scale: float) -> loop.Passes:
+        result = gradients(self, batches, scale)
+        step = self.step + 1
+        seen.append((step, int(batches[0].inputs_BS[0, 0])))
+        runs = sum(s == step for s, _ in seen)
+        return result._replace(loss=result.loss + 100.0) if (step, runs) in passes else result
+
+    monkeypatch.setattr(loop.Trainer, "_gradients", spiky)
+    return seen
+
+
+def test_a_spike_that_does_not_come_again_costs_nothing(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spikes(monkeypatch, (7, 1))
+    train(config_for(tmp_path, trainer={"spike": SpikeConfig("skip", window=4)}))
+    assert losses(tmp_path) == losses(whole)
+    assert [r["transient_faults"] for r in records(tmp_path)] == [0] * 6 + [1] * 6
+    assert {r["spikes"] for r in records(tmp_path)} == {0}
+    (event,) = (r["message"] for r in records(tmp_path, "event") if "is a spike" in r["message"])
+    assert "step 7 is a spike (loss 1" in event
+    assert "transient" in event
+
+
+@pytest.mark.parametrize(("policy", "skipped"), [("report", 0), ("skip", 1)])
+def test_a_spike_is_taken_or_skipped(
+    policy: Any, skipped: int, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spikes(monkeypatch, (7, 1), (7, 2))
+    train(config_for(tmp_path, trainer={"spike": SpikeConfig(policy, window=4)}))
+    found, undisturbed = losses(tmp_path), losses(whole)
+    assert [step for step in found if found[step] != undisturbed[step]] == ([7, 8, 9, 10, 11, 12] if skipped else [7])
+    assert records(tmp_path)[-1]["skipped_steps"] == skipped
+    assert records(tmp_path)[-1]["spikes"] == 1
+
+
+@pytest.mark.parametrize("first", [5, 8])
+def test_a_spike_sends_the_run_back_and_past_its_samples(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps spike: back to step 4, and not to step 8 which the first spike has made due for a save; on with the samples after
+    them. Stopped after step 9, the run goes on all the same."""
+    spike = {"spike": SpikeConfig("rewind", window=3, patience=2)}
+    seen = spikes(monkeypatch, *((step, run) for step in (first, first + 1) for run in (1, 2)))
+    train(config_for(tmp_path / "a", trainer=spike))
+    data = build_datasets(config_for(tmp_path)).train
+    steps = [*range(1, first), first, first, first + 1, first + 1]
+    assert [step for step, _ in seen] == [*steps, *range(5, 13)]
+    samples = [4 * (step - 1) for step in steps] + [4 * (step - 1) for step in range(first + 2, first + 10)]
+    assert [token for _, token in seen] == [int(data[sample].tokens[0]) for sample in samples]
+    assert [r["step"] for r in records(tmp_path / "a")] == list(range(1, 13))
+    assert [records(tmp_path / "a")[-1][counter] for counter in ("rewinds", "spikes", "skipped_steps")] == [1, 2, 2]
+    (event,) = (r for r in records(tmp_path / "a", "event") if r.get("event") == "rewind")
+    assert event["cause"].startswith(f"step {first + 1} is a spike")
+    passed_over = 4 * (first + 1 - 4)
+    said = f"The run goes on with sample {4 * (first + 1)}; {passed_over} samples in all were passed over"
+    assert event["message"].endswith(said)
+    assert read_metadata(tmp_path / "a/checkpoints/step_00000008")["passed_over"] == passed_over
+    seen.clear()
+    train(config_for(tmp_path / "b", trainer={**spike, "stop_after_samples": 36}))
+    train(config_for(tmp_path / "b", trainer=spike))
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    # Weights, moments and learning rates are those of a process that starts at step 4.
+    resume = loop.Trainer._start_or_resume
+    train(config_for(tmp_path / "c", trainer={"stop_after_samples": 16}))
+    monkeypatch.setattr(loop.Trainer, "_start_or_resume", lambda self: (resume(self), setattr(self, "passed_over", passed_over)))
+    train(config_for(tmp_path / "c"))
+    assert losses(tmp_path / "c") == losses(tmp_path / "a")
+
+
+def test_a_run_that_spikes_whatever_its_samples_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spikes(monkeypatch, *((6, run) for run in range(1, 9)))
+    spike = SpikeConfig("rewind", window=3, max_rewinds=2)
+    for _ in range(2):  # The second time it starts from what the last return has left, which is counted there.
+        with pytest.raises(TrainingError, match=r"step 6 is a spike, .* a checkpoint 2 times already.* of step 4 .*max_rewinds"):
+            train(config_for(tmp_path, trainer={"spike": spike}))
+        assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000004"]
+        metadata = read_metadata(tmp_path / "checkpoints/step_00000004")
+        assert (metadata["rewinds"], metadata["passed_over"], metadata["spikes"]) == (2, 16, 2)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, *[5, 6, 6] * 4]
 
 
 def test_another_model_is_refused_and_nothing_is_lost(whole: Path) -> None:
@@ -237,7 +355,7 @@ def test_kill_9_while_saving_loses_nothing(tmp_path: Path) -> None:
 
     for after in (3, 6, 9):
         process = start(killed)
-        while process.is_alive() and max(losses(killed) if (killed / "metrics.jsonl").exists() else [0], default=0) < after:
+        while process.is_alive() and max(losses(killed), default=0) < after:
             time.sleep(0.002)
         assert process.is_alive()
         process.kill()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_mamba.data import packing
-from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter
+from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter, build_once
 from megatron_mamba.data.packing import Dataset, PackedDataset, split_documents
 from megatron_mamba.data.permutation import Permutation
 from megatron_mamba.data.synthetic import NOISE, SyntheticDataset
@@ -121,7 +125,7 @@ def test_index_on_disk_equals_index_in_memory(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "c.cache").exists()
     monkeypatch.setattr(packing, "CACHED_FROM", 0)
     assert same(packed(reader), memory, numbers)
-    files = sorted((tmp_path / "c.cache").iterdir())
+    files = sorted((tmp_path / "c.cache").glob("*.npy"))
     assert len(files) == 2  # one for each epoch
     monkeypatch.setattr(PackedDataset, "_build_index", None)
     assert same(packed(IndexedReader(tmp_path / "c")), memory, numbers)
@@ -141,16 +145,75 @@ def test_index_on_disk_equals_index_in_memory(tmp_path: Path, monkeypatch: pytes
 
 
 def _first_sample(prefix: Path) -> list[int]:
-    packing.CACHED_FROM = 0
     return packed(IndexedReader(prefix))[0].tokens.tolist()
 
 
-def test_processes_may_build_the_index_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_need_an_index_at_once_build_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
     reader = corpus(tmp_path / "c", [3, 5, 1, 8] * 5000)
+    expected = packed(reader)[0].tokens.tolist()
+    build = PackedDataset._build_index
+    meet = multiprocessing.get_context("fork").Barrier(3)
+
+    def slow(self: PackedDataset, epoch: int) -> np.ndarray:
+        with open(tmp_path / "builders", "ab") as file:
+            file.write(b".")
+        time.sleep(0.5)
+        return build(self, epoch)
+
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    mapped = packing._mapped
+
+    def at_once(path: Path) -> np.ndarray:
+        try:
+            return mapped(path)
+        except FileNotFoundError:
+            meet.wait(60)
+            raise
+
+    monkeypatch.setattr(packing, "CACHED_FROM", 0)
+    monkeypatch.setattr(packing, "_mapped", at_once)
+    monkeypatch.setattr(PackedDataset, "_build_index", slow)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", unlockable)
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.map(_first_sample, [tmp_path / "c"] * 6, chunksize=1)
-    assert found == [packed(reader)[0].tokens.tolist()] * 6
-    assert len(list((tmp_path / "c.cache").iterdir())) == 1
+        assert pool.map(_first_sample, [tmp_path / "c"] * 3, chunksize=1) == [expected] * 3
+    assert len((tmp_path / "builders").read_bytes()) == (1 if locks else 3)
+    assert len(list((tmp_path / "c.cache").glob("*.npy*"))) == 2  # and the file with the lock
+
+
+def test_an_index_whose_builder_dies_is_built_by_who_waits(tmp_path: Path) -> None:
+    index, begun, ended = tmp_path / "index.npy", tmp_path / "begun", tmp_path / "ended"
+
+    def die() -> None:
+        begun.touch()
+        time.sleep(0.5)
+        ended.touch()
+        os._exit(1)
+
+    def build() -> None:
+        assert ended.exists()
+        index.touch()
+
+    process = multiprocessing.get_context("fork").Process(target=build_once, args=(index, die))
+    process.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    build_once(index, build)
+    assert index.exists()
+    process.join()
+
+
+def test_an_error_of_the_lock_is_not_taken_for_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(packing, "CACHED_FROM", 0)
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(DataError, match=r"cannot be written .*Input/output error.*data\.cache_dir"):
+        packed(corpus(tmp_path / "c", LENGTHS))[0]
 
 
 @pytest.mark.parametrize("ratios", [(969.0, 30.0, 1.0), (0.5, 0.25, 0.25), (1, 0, 0), (8, 0, 2), (1, 1, 0)])
