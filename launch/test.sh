@@ -2,7 +2,7 @@
 # Installs into .venv what is missing, then lints, checks types and runs the tests. Arguments go to pytest:
 #   ./launch/test.sh tests/unit -k config
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 ./launch/setup.sh export,dev || exit
 
 bin=.venv/bin

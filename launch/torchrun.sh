@@ -97,13 +97,18 @@ stop() {
 trap stop USR1 TERM
 trap 'kill -INT "$agent" 2>/dev/null || true' INT
 
-# Whether torchrun has not even noticed that all its processes have ended: it waits for an answer of HEAD, without end.
+# Whether torchrun waits without end for an answer of HEAD: it has not even noticed that all its processes have ended, or it wants to
+# start them anew.
+started=
 stuck() {
   local process processes
   read -r -d '' -a processes < <(children) || true
-  ((${#processes[@]})) || return 1
+  if ((${#processes[@]} == 0)); then
+    [[ -n $started && -n ${HEAD:-} ]] && ! timeout 2 bash -c "exec 3<>'/dev/tcp/$HEAD/$PORT'" 2>/dev/null
+    return
+  fi
   for process in "${processes[@]}"; do
-    grep -qs '^State:.Z' "/proc/$process/status" || return 1
+    grep -qs '^State:.Z' "/proc/$process/status" || { started=1 && return 1; }
   done
 }
 

@@ -237,7 +237,7 @@ class CheckpointConfig:
     async_save: bool = True
     keep_last: int = 2
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of it are never deleted; 0 = none."""
+    """The first checkpoint at or after each multiple of so many steps is never deleted; 0 = none."""
     init_from: str | None = None
     """Checkpoint (or file of tools/consolidate.py) whose weights a new run starts from, with fresh optimizer and schedule."""
     on_damage: Literal["error", "previous"] = "error"

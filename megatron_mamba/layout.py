@@ -10,6 +10,7 @@ from megatron_mamba.schema import ConfigError, require, require_positive
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "interleaved", "zero_bubble", "zbv"]
+Sums = Literal["step", "micro_batch"]
 
 
 class SplitUnits(NamedTuple):
@@ -44,7 +45,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Free gathered weights after a layer's forward pass and gather them again for its backward pass (ZeRO-3); false
     keeps them through the step (ZeRO-2)."""
-    reduce_gradients: Literal["step", "micro_batch"] = "step"
+    reduce_gradients: Sums = "step"
     """Sum gradients over data-parallel ranks once a step (least communication; between micro-batches a rank holds
     whole gradients) or after each micro-batch (a rank holds its shard only)."""
     schedule: Schedule = "1f1b"

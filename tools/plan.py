@@ -8,7 +8,8 @@ takes the options of training, and
     --gpu NAME      a100-40, a100-80, h100, h200 or b200: whether it fits, and a predicted time (default: whether it fits any)
     --search N      list the layouts on N GPUs (--gpu, default h200) that fit, the fastest predicted first; it varies parallel.tp,
                     sequence_parallel, cp (sequences of 32768 tokens or more), pp and schedule (more than one node), dp_shard,
-                    dp_replicate, reshard_after_forward, micro_batch_size and recompute; cp and pp also if nothing fits without
+                    dp_replicate, reshard_after_forward, reduce_gradients, micro_batch_size and recompute; cp and pp also if
+                    nothing fits without
     --top N         how many of them (default 20)
     --efficiency F  share of a GPU's peak FLOP/s that compute reaches, for predicted times (default 0.4)
     --json          print plain data
@@ -234,11 +235,14 @@ def show_search(found: list[dict[str, Any]], gpus: int, gpu: str, efficiency: fl
         table.add_row(
             f"{row['tp']}", "yes" if row["sequence_parallel"] else "", f"{row['cp']}", f"{row['pp']}",
             row["schedule"] if row["pp"] > 1 else "", f"{row['dp_shard']}", f"{row['dp_replicate']}",
-            "yes" if row["reshard_after_forward"] else "no", f"{row['micro_batch_size']}", row["recompute"],
+            "yes" if row["reshard_after_forward"] else "no",
+            f"{row['micro_batch_size']}{'*' if row['reduce_gradients'] == 'micro_batch' else ' '}", row["recompute"],
             f"{row['peak'] / GIB:.1f}", f"{row['seconds']:.4g}",
         )  # fmt: skip
     console.print(f"Layouts on {gpus} {gpu} that fit {device.usable / GIB:.0f} GiB, fastest predicted first", highlight=False)
     console.print(table if found else "none")
+    if any(row["reduce_gradients"] == "micro_batch" for row in found):
+        console.print("* with parallel.reduce_gradients=micro_batch; without it the layout does not fit", highlight=False)
     console.print(
         f"Times assume compute at {efficiency:.0%} of {device.tflops:g} TFLOP/s, {REACHED:.0%} of NVLink's {device.nvlink_gb:g} "
         f"GB/s in a node of {GPUS_PER_NODE}, of {device.network_gb:g} GB/s a GPU between nodes and of {device.memory_gb:g} GB/s "

@@ -194,8 +194,9 @@ class CheckpointManager:
         """Delete what retention does not keep. Later steps (left by a run that went back) are not touched."""
         try:
             upto = [path for path in checkpoints(self.directory) if step_of(path) <= step]
-            for path in upto[self.keep_last :]:
-                if not (self.keep_every and step_of(path) % self.keep_every == 0):
+            spans = [step_of(path) // self.keep_every if self.keep_every else 0 for path in upto]
+            for path, span, before in list(zip(upto, spans, [*spans[1:], 0], strict=True))[self.keep_last :]:
+                if span == before:
                     _remove(path)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)

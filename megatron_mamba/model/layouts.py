@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_mamba.config import Config, ConfigError, RecomputeConfig, require, require_positive
-from megatron_mamba.layout import Recompute, Schedule
+from megatron_mamba.layout import Recompute, Schedule, Sums
 from megatron_mamba.model.cost import GPUS, GPUS_PER_NODE, Gpu, Mesh, least_memory, step_seconds
 from megatron_mamba.model.stages import Stage, stages_of
 from megatron_mamba.model.step_memory import StepMemory, step_memory
@@ -19,6 +19,7 @@ LONG = 32768
 LEAST_PIECE = 4096
 """Tokens of a piece of a sequence below which a search does not spread it."""
 PIPELINES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zbv")
+SUMS: tuple[Sums, ...] = ("step", "micro_batch")
 LARGEST_IN_PIPELINE = 4
 """Sequences of a micro-batch up to which a search looks at pipelines: they want many micro-batches."""
 
@@ -94,14 +95,19 @@ def _found(
             "Use a number of GPUs whose divisors divide trainer.global_batch_size")  # fmt: skip
     found: list[dict[str, Any]] = []
     too_large: list[tuple[Config, Mesh]] = []
+    fitting: list[Config] = []
     # Memory takes longer to find than time, so it is looked at in the order of time until enough layouts fit.
     for seconds, _, (layout, mesh, stages) in sorted(timed, key=lambda entry: entry[:2]):
         if any(_is_larger(layout, mesh, *other) for other in too_large):
+            continue
+        # Sums of gradients after each micro-batch take time, and are for layouts that do not fit without.
+        if replace(layout, parallel=replace(layout.parallel, reduce_gradients="step")) in fitting:
             continue
         rank, memory = fullest(layout, mesh, stages)
         if memory[rank].peak > gpu.usable:
             too_large.append((layout, mesh))
         else:
+            fitting.append(layout)
             found.append({
                 "tp": mesh.tp,
                 "sequence_parallel": layout.parallel.sequence_parallel,
@@ -111,6 +117,7 @@ def _found(
                 "dp_shard": mesh.dp_shard,
                 "dp_replicate": mesh.dp_replicate,
                 "reshard_after_forward": layout.parallel.reshard_after_forward,
+                "reduce_gradients": layout.parallel.reduce_gradients,
                 "micro_batch_size": layout.trainer.micro_batch_size,
                 "recompute": layout.recompute.mlp,
                 "peak": memory[rank].peak,
@@ -131,6 +138,7 @@ def _is_larger(layout: Config, mesh: Mesh, other: Config, others: Mesh) -> bool:
         and a.dp_shard <= b.dp_shard
         and layout.trainer.micro_batch_size >= other.trainer.micro_batch_size
         and a.reshard_after_forward <= b.reshard_after_forward
+        and a.reduce_gradients in ("step", b.reduce_gradients)
         and (mesh.pp == 1 or mesh.micro_batches >= others.micro_batches)
         and min(mesh.micro_batches, 2) >= min(others.micro_batches, 2)
     )
@@ -156,8 +164,12 @@ def _layouts(config: Config, gpus: int, spread: bool, pipelined: bool, both: boo
             trainer = replace(config.trainer, micro_batch_size=micro_batch)
             # On one rank there is nothing to gather again, or to split.
             splits = (True, False)[tp == 1 :] if cp * pp == 1 else (tp > 1,)
-            reshards = (False,) if pp > 1 else (True, False)[: 1 + (dp // replicas * cp > 1)]
-            for split, reshard, schedule in itertools.product(splits, reshards, PIPELINES if pp > 1 else PIPELINES[:1]):
+            shards = dp // replicas * cp
+            reshards = (False,) if pp > 1 else (True, False)[: 1 + (shards > 1)]
+            several = pp == 1 and shards > 1 and micro_batch * dp < config.trainer.global_batch_size
+            schedules = PIPELINES if pp > 1 else PIPELINES[:1]
+            for split, reshard, schedule, sums in itertools.product(splits, reshards, schedules, SUMS[: 1 + several]):
                 parallel = replace(config.parallel, tp=tp, cp=cp, pp=pp, dp_replicate=replicas, dp_shard=dp // replicas,
-                                   sequence_parallel=split, reshard_after_forward=reshard, schedule=schedule)  # fmt: skip
+                                   sequence_parallel=split, reshard_after_forward=reshard, schedule=schedule,
+                                   reduce_gradients=sums)  # fmt: skip
                 yield replace(config, parallel=parallel, trainer=trainer, recompute=again)

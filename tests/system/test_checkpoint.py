@@ -220,6 +220,11 @@ def test_retention(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000065", "step_00000070", "step_00000080"]
 
 
+def test_retention_of_saves_that_were_put_off(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20, 31, 40, 50, 72, 80, 95, 100, keep_last=1, keep_every=30)
+    assert names(tmp_path) == ["step_00000031", "step_00000072", "step_00000095", "step_00000100"]
+
+
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     present = []
     publish = CheckpointManager._publish

@@ -348,18 +348,19 @@ def nodes(tmp_path: Path) -> Iterator[list[list[str]]]:
             holder.wait()
 
 
+def start_on(nodes: list[list[str]], folder: Path, restarts: int = 0) -> list[Job]:
+    settings = {"NNODES": "2", "HEAD": "node0", "STUCK_SECONDS": "5"}
+    patience = "trainer.heartbeat_seconds=4"
+    return [
+        Job(folder, 2, patience, restarts=restarts, within=node, **settings, NODE_RANK=str(rank)) for rank, node in enumerate(nodes)
+    ]
+
+
 @pytest.mark.slow
 def test_a_cut_network_ends_both_sides(tmp_path: Path, times: int, cost: Cost, nodes: list[list[str]]) -> None:
     """Two nodes of two ranks: at one of them, in turn, the cable is pulled."""
-    settings = {"NNODES": "2", "HEAD": "node0", "STUCK_SECONDS": "5"}
     for i in range(times):
-        folder = tmp_path / f"run{i}"
-
-        def start(folder: Path = folder) -> list[Job]:
-            patience = "trainer.heartbeat_seconds=4"
-            return [Job(folder, 2, patience, within=node, **settings, NODE_RANK=str(rank)) for rank, node in enumerate(nodes)]
-
-        jobs = start()
+        jobs = start_on(nodes, tmp_path / f"run{i}")
         jobs[0].wait_for_step(random.Random(i).randint(4, STEPS // 2))
         cut = [*nodes[i % 2], "ip", "link", "set", "cable"]
         begin = time.monotonic()
@@ -370,6 +371,21 @@ def test_a_cut_network_ends_both_sides(tmp_path: Path, times: int, cost: Cost, n
             assert job.process.returncode != 0
             assert re.search("has not (been heard of|answered) for", job.output.read_text()), job.shown()
         subprocess.run([*cut, "up"], check=True)
-        jobs = start()
+        jobs = start_on(nodes, tmp_path / f"run{i}")
         jobs[1].ends()
         cost.add(jobs[0], seconds, reached)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_cut_off_does_not_wait_to_start_again(tmp_path: Path, nodes: list[list[str]]) -> None:
+    """A rank of it failed just before: its torchrun has ended the others and asks the head, of which it hears nothing."""
+    head, other = start_on(nodes, tmp_path / "run", restarts=1)
+    head.wait_for_step(4)
+    os.kill(head.workers()[3], signal.SIGKILL)
+    subprocess.run([*nodes[1], "ip", "link", "set", "cable", "down"], check=True)
+    other.ends()
+    assert other.process.returncode != 0
+    assert "node0 cannot be reached" in other.shown()
+    assert head.process.poll() is None  # For the other node may be back within ten minutes.
+    head.process.send_signal(signal.SIGINT)
+    head.ends()

@@ -280,13 +280,18 @@ def test_traffic_of_data_parallelism(capsys):
 
 def test_search_lists_what_can_be_trained_fastest_first(capsys):
     base = ["model=transformer_8b", "model.pattern=*-*-*-*-"]
-    found = run(capsys, *base, "--search", "8", "--gpu", "a100-40", "--top", "12")
-    assert len(found) == 12
+    found = run(capsys, *base, "--search", "8", "--gpu", "a100-40", "--top", "18")
+    assert len(found) == 18
     assert [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
     assert len({row["recompute"] for row in found}) > 1
+    # Sums of gradients after each micro-batch are listed where nothing fits without them.
+    kinds = [{k: v for k, v in row.items() if k not in ("seconds", "peak")} for row in found]
+    sums = [row for row in kinds if row["reduce_gradients"] == "micro_batch"]
+    assert sums
+    assert not [row for row in sums if row | {"reduce_gradients": "step"} in kinds]
     for row in found:
         options = [f"parallel.{name}={row[name]}" for name in ("tp", "cp", "pp", "schedule", "dp_shard", "dp_replicate",
-                   "sequence_parallel", "reshard_after_forward")]  # fmt: skip
+                   "sequence_parallel", "reshard_after_forward", "reduce_gradients")]  # fmt: skip
         options += [f"trainer.micro_batch_size={row['micro_batch_size']}", f"recompute={row['recompute']}"]
         again = run(capsys, *base, *options, "--gpus", "8", "--gpu", "a100-40")
         assert again["fits"] == {"a100-40": True}
