@@ -37,7 +37,7 @@ if [[ -z $python ]]; then
   python=python3
   [[ -n ${VIRTUAL_ENV:-} || ! -x $repository/.venv/bin/python ]] || python=$repository/.venv/bin/python
 fi
-"$python" -c 'import torch, megatron_mamba' 2>/dev/null ||
+"$python" -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("torch") and i.find_spec("megatron_mamba")))' 2>/dev/null ||
   fail "$python has no torch or no megatron_mamba" "Run ./launch/setup.sh, or set PYTHON=/path/to/python"
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 403)) || fail "bash $BASH_VERSION is too old" "Use 4.3 or newer"

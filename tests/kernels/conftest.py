@@ -8,7 +8,7 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    import triton_bf16  # noqa: F401
+    import triton_interpreter  # noqa: F401
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
