@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import random
 import signal
-import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
@@ -76,7 +74,7 @@ class Trouble:
         self.spike, self.max_skipped = spike, max_skipped
         self.skipped_steps = self.transient_faults = self.spikes = self.rewinds = 0
         self.skipped_in_a_row = self.spikes_in_a_row = 0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=spike.window)
+        self._recent = np.empty((0, 2))  # An array, as this is looked at in every step.
 
     def of(self, loss: float, grad_norm: float) -> Finding:
         """What is wrong with a step."""
@@ -84,11 +82,11 @@ class Trouble:
             return Finding(NOT_FINITE, f"was not finite (loss {loss}, grad norm {grad_norm})")
         if self.spike.policy == "off" or len(self._recent) < self.spike.window:
             return Finding(FINE, "")
-        for name, value, recent in zip(("loss", "grad norm"), (loss, grad_norm), zip(*self._recent, strict=True), strict=True):
-            mean = statistics.fmean(recent)
-            spread = max(statistics.pstdev(recent, mean), LEAST_SPREAD * abs(mean))
+        columns = self._recent.mean(0).tolist(), self._recent.std(0).tolist()
+        for name, value, mean, deviation in zip(("loss", "grad norm"), (loss, grad_norm), *columns, strict=True):
+            spread = max(deviation, LEAST_SPREAD * abs(mean))
             if value > mean + self.spike.sigmas * spread:
-                said = f"({name} {value:.6g}, the last {len(recent)} steps had {mean:.6g} with deviation {spread:.3g})"
+                said = f"({name} {value:.6g}, the last {len(self._recent)} steps had {mean:.6g} with deviation {spread:.3g})"
                 return Finding(SPIKE, f"is a spike {said}")
         return Finding(FINE, "")
 
@@ -101,7 +99,7 @@ class Trouble:
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
-            self._recent.append((loss, grad_norm))
+            self._recent = np.concatenate([self._recent, [[loss, grad_norm]]])[-self.spike.window :]
         return skipped
 
     @property
@@ -118,15 +116,14 @@ class Trouble:
 
     def state(self) -> dict[str, Any]:
         """For checkpoints."""
-        return {**self.counters(), "skipped_in_a_row": self.skipped_in_a_row, "recent": list(self._recent)}
+        return {**self.counters(), "skipped_in_a_row": self.skipped_in_a_row, "recent": self._recent.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state`; what an older one lacks is zero."""
         for name in (*self.COUNTERS, "skipped_in_a_row"):
             setattr(self, name, state.get(name, 0))
         self.spikes_in_a_row = 0
-        self._recent.clear()
-        self._recent.extend((loss, grad_norm) for loss, grad_norm in state.get("recent", []))
+        self._recent = np.array(state.get("recent", [])).reshape(-1, 2)[-self.spike.window :]
 
 
 def verdict(transient: bool, skipped: bool, own: Sequence[tuple[str, float, float]]) -> str:

@@ -52,7 +52,7 @@ def test_what_a_spike_changes(policy: str, skipped: bool) -> None:
     assert not trouble.rewinds_now
     assert (trouble.spikes, trouble.skipped_steps) == (1, int(skipped))
     # What changed no weight is not what later steps are compared with.
-    assert trouble.state()["recent"] == (before if skipped else [*before[1:], (9.0, 1.0)])
+    assert trouble.state()["recent"] == (before if skipped else [*before[1:], [9.0, 1.0]])
     trouble.skips(NOT_FINITE, NAN, 1.0)  # Ends no row of spikes.
     assert not trouble.rewinds_now
     trouble.skips(SPIKE, 9.0, 1.0)
