@@ -185,16 +185,21 @@ def test_a_machine_that_computes_wrongly_trains_nothing(tmp_path: Path, monkeypa
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
 
 
-def test_machines_are_looked_at_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step, after 4 and after 8, when a product is wrong."""
+def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Of the matrix products that tell whether a machine computes rightly, let one be wrong."""
     product, looks = health._product, []
 
-    def third_is_wrong(device: torch.device, size: int) -> tuple[bool, float]:
+    def spoiled(device: torch.device, size: int) -> tuple[bool, float]:
         looks.append(size)
         correct, rate = product(device, size)
-        return correct and len(looks) != 3, rate
+        return correct and len(looks) != number, rate
 
-    monkeypatch.setattr(health, "_product", third_is_wrong)
+    monkeypatch.setattr(health, "_product", spoiled)
+
+
+def test_machines_are_looked_at_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, after 4 and after 8, when a product is wrong."""
+    spoil_product(monkeypatch, 3)
     with pytest.raises(TrainingError, match=r"at step 8 a matrix product was wrong on rank 0 on .* right at step 4"):
         train(config_for(tmp_path, trainer={"health_interval": 4}, checkpoint={"interval": 100}))
     (event,) = (record for record in records(tmp_path, "event") if record.get("event") == "health")
@@ -205,14 +210,7 @@ def test_machines_are_looked_at_while_training(tmp_path: Path, monkeypatch: pyte
 
 def test_machines_are_looked_at_when_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config_for(tmp_path, trainer={"stop_after_samples": 16}))
-    product, looks = health._product, []
-
-    def second_is_wrong(device: torch.device, size: int) -> tuple[bool, float]:
-        looks.append(size)
-        correct, rate = product(device, size)
-        return correct and len(looks) != 2, rate
-
-    monkeypatch.setattr(health, "_product", second_is_wrong)
+    spoil_product(monkeypatch, 2)
     with pytest.raises(TrainingError, match=r"at step 8 a matrix product was wrong on .* right at step 4"):
         train(config_for(tmp_path, trainer={"health_interval": 8}))
 
