@@ -72,6 +72,7 @@ def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path, title: 
 def read_curves(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training and the validation records with a finite loss, in order."""
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+    Path(metrics_jsonl).stat()  # Raises FileNotFoundError, where read_records finds no records.
     for record in read_records(metrics_jsonl):
         if record["kind"] in kinds and isinstance(record.get("loss"), int | float):
             kinds[record["kind"]].append(record)

@@ -300,6 +300,8 @@ def test_curves_skip_what_is_not_finite_and_spikes_do_not_bend_them(tmp_path: Pa
     line = [float(400 - i) for i in range(400)]
     assert smoothed(line)[:350] == pytest.approx(line[:350]), "a slope is followed without lag, from its first point"
     assert smoothed([4.0]) == [4.0]
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        read_curves(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"b\.jsonl holds no training record"):
         plot_run(write_run(tmp_path / "b.jsonl", [None]), tmp_path / "b.png")
 
