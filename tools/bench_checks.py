@@ -1,12 +1,18 @@
-"""What the checks of a run cost: steps with all of them beside steps with none.
+"""What the checks of a run cost: steps with all of them beside steps with none, and each by itself.
 
-    python tools/bench_checks.py [SETTING ...] [--processes N] [--steps 400] [--interval 100] [--repeats 2]
+    python tools/bench_checks.py [SETTING ...] [--processes N] [--steps 250] [--interval 50] [--repeats 2]
+    torchrun --nproc-per-node N tools/bench_checks.py [SETTING ...] [--steps 250]
 
-Trains under torchrun in turn with the defaults (watchdog, comparison of replicas, looks at the machines' health, spikes) and
-without any, each --repeats times. A figure is the time of a step over --interval steps, by what the run's own metrics say; the
+The first trains under torchrun in turn with the defaults (watchdog, comparison of replicas, looks at the machines' health, spikes)
+and without any, each --repeats times. A figure is the time of a step over --interval steps, by what the run's own metrics say; the
 first interval, in which kernels are compiled, is left out. Comparisons happen every --interval steps, and looks at the machines
-too, ten times as often as by default; saves are left out, as runs are ended before. Settings are those of training; the default
-is a hybrid of four layers of the 8B model's width with a copy of all weights on each GPU, a tiny one without GPUs.
+too, both more often than by default; saves are left out, as runs are ended before.
+
+The second times each check in a run that has all, waiting for the GPU and the other ranks before and after it, and adds up what a
+step has of each by default.
+
+Settings are those of training; the default is a hybrid of four layers of the 8B model's width with a copy of all weights on each
+GPU and four sequences of 4096 tokens a step, a tiny one without GPUs.
 """
 
 from __future__ import annotations
@@ -20,33 +26,46 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench_start import require_trained
-from megatron_mamba.config import ConfigError, require
+from megatron_mamba.config import ConfigError, TrainerConfig, require
+from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.watchdog import Watchdog
+from megatron_mamba.train import loop
+from megatron_mamba.train.__main__ import compose
 from megatron_mamba.train.metrics import read_records
+from megatron_mamba.train.resilience import Trouble
 
-WIDE = ("model=hybrid_8b", "model.pattern=M-M*", "model.vocab_size=32000", "data.seq_length=2048", "parallel.dp_shard=1")
-TINY = ("model=hybrid_tiny", "data.seq_length=128", "parallel.dp_shard=1")
+WIDE = ("model=hybrid_8b", "model.pattern=M-M*", "model.vocab_size=32000", "data.seq_length=4096", "parallel.dp_shard=1")
+TINY = ("model=hybrid_tiny", "model.pattern=M-M*", "data.seq_length=32", "parallel.dp_shard=1")
+MICRO_BATCHES = 4
 NONE = (
     "trainer.watchdog_seconds=null", "trainer.health_check=false", "trainer.replica_check_interval=1000000000",
     "trainer.spike.policy=off",
 )  # fmt: skip
 ENDLESS = (
-    "data=synthetic", "trainer.train_samples=1000000000", "eval.interval=0", "checkpoint.interval=1000000000", "logging=minimal",
+    "data=synthetic", "trainer.train_samples=1000000000", "eval.samples=0", "checkpoint.interval=1000000000", "logging=minimal",
 )  # fmt: skip
+
+
+def _batch(processes: int) -> list[str]:
+    size = f"trainer.global_batch_size={MICRO_BATCHES * processes}"
+    return [size, "trainer.micro_batch_size=1", f"parallel.dp_replicate={processes}"]
 
 
 def seconds_a_step(processes: int, steps: int, interval: int, settings: list[str], folder: Path) -> list[float]:
     """Train in `folder` for so many steps, and end that: the mean time of a step of each interval but the first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    batch = [f"trainer.global_batch_size={processes}", "trainer.micro_batch_size=1", f"parallel.dp_replicate={processes}"]
     own = [f"logging.interval={interval}", f"run.dir={folder}"]
-    command = [*launch, "-m", "megatron_mamba.train", *ENDLESS, *batch, *own, *settings]
+    command = [*launch, "-m", "megatron_mamba.train", *ENDLESS, *_batch(processes), *own, *settings]
     log, laps = folder.with_suffix(".log"), list[float]()
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -64,19 +83,86 @@ def seconds_a_step(processes: int, steps: int, interval: int, settings: list[str
     return laps[1:]
 
 
+def each_check(settings: list[str], steps: int) -> int:
+    """Train with all checks as a rank of torchrun, and have the first rank print what each took."""
+    processes, default, seconds = int(os.environ["WORLD_SIZE"]), TrainerConfig(), defaultdict[str, list[float]](list)
+    length = f"trainer.train_samples={MICRO_BATCHES * processes * steps}"
+    often = ["trainer.replica_check_interval=10", "trainer.health_interval=10", length]
+    config = compose([*ENDLESS, *_batch(processes), "run.dir=none", *settings, *often])
+    context, inside = ParallelContext.create(config.parallel, config.trainer.device), set[str]()
+
+    def wait(together: bool) -> None:
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()
+        if together:
+            context.barrier()
+            wait(together=False)
+
+    def time_calls(owner: type, method: str, what: str) -> None:
+        """Of a method, but where another of these calls it, from when all ranks are there until the GPU is done."""
+        original = getattr(owner, method)
+
+        def timed(*arguments: Any) -> Any:
+            if inside:
+                return original(*arguments)
+            inside.add(what)
+            wait(together=True)
+            begin, result = time.perf_counter(), original(*arguments)
+            wait(together=False)
+            seconds[what].append(time.perf_counter() - begin)
+            inside.clear()
+            return result
+
+        setattr(owner, method, timed)
+
+    watch = Watchdog._look
+
+    def look(watchdog: Watchdog) -> None:
+        """As the watchdog's, whose thread runs beside training: the processor's time."""
+        begin = time.thread_time()
+        watch(watchdog)
+        seconds["watchdog, a second"].append(time.thread_time() - begin)
+
+    calls = {
+        "agreement on a step": 1.0, "is it a spike": 2.0, "comparison of replicas": 1 / default.replica_check_interval,
+        "look at the machines": 1 / default.health_interval,
+    }  # fmt: skip
+    methods = ((ParallelContext, "largest"), (Trouble, "of"), (loop.Trainer, "_check_replicas"), (loop.Trainer, "_look"))
+    for what, (owner, method) in zip(calls, methods, strict=True):
+        time_calls(owner, method, what)
+    time_calls(Trouble, "skips", "is it a spike")
+    setattr(Watchdog, "_look", look)  # noqa: B010 - the type checker minds an assignment
+    with tempfile.TemporaryDirectory() as place:
+        loop.train(replace(config, run=replace(config.run, dir=place)))
+    if int(os.environ["RANK"]) == 0:
+        table, total = Table(title=f"{' '.join(settings)}, {processes} ranks, {steps} steps"), 0.0
+        for column in ("", "calls", "least, ms", "median", "most", "a step by default"):
+            table.add_column(column, justify="right")
+        for what, laps in seconds.items():
+            milliseconds = [1e3 * value for value in (min(laps), statistics.median(laps), max(laps))]
+            part = calls.get(what, 0.0) * milliseconds[1]
+            total += part
+            table.add_row(what, str(len(laps)), *(f"{value:.3f}" for value in milliseconds), f"{part:.4f}" if part else "")
+        table.add_row("together", "", "", "", "", f"{total:.4f}")
+        Console().print(table)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run, print the table; returns the process's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="SETTING")
     parser.add_argument("--processes", type=int, default=max(torch.cuda.device_count(), 2), help="ranks (default: one a GPU, or 2)")
-    parser.add_argument("--steps", type=int, default=400, help="of a run (default 400)")
-    parser.add_argument("--interval", type=int, default=100, help="steps of a figure (default 100)")
+    parser.add_argument("--steps", type=int, default=250, help="of a run (default 250)")
+    parser.add_argument("--interval", type=int, default=50, help="steps of a figure (default 50)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind (default 2)")
     args = parser.parse_args(argv)
     settings = args.settings or list(WIDE if torch.cuda.is_available() else TINY)
+    if "RANK" in os.environ:
+        return each_check(settings, args.steps)
     checks = [f"trainer.replica_check_interval={args.interval}", f"trainer.health_interval={args.interval}"]
-    kinds: dict[str, list[str]] = {"all checks": checks, "none": list(NONE)}
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    kinds = {"all checks": checks, "none": list(NONE)}
+    found = {kind: list[float]() for kind in kinds}
     try:
         for name in ("processes", "interval", "repeats"):
             require(getattr(args, name) > 0, f"--{name}", getattr(args, name), "must be positive", "Use 1 or more")

@@ -143,15 +143,15 @@ class ParallelContext:
 
     def any_rank(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any (a collective)."""
-        return bool(self.largest(int(flag)))
+        return bool(self.largest(flag)[0])
 
-    def largest(self, value: int) -> int:
-        """Of all ranks (a collective)."""
+    def largest(self, *values: int) -> list[int]:
+        """Each value's largest over all ranks (one collective)."""
         if self.world_size == 1:
-            return value
-        found = torch.tensor(value, device=self.device)
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found.item())
+        return [int(value) for value in found.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, by rank, on every rank (a collective)."""

@@ -47,6 +47,7 @@ def examine(context: ParallelContext) -> list[Reading]:
     """Measure every rank's machine at the same time, before it has work (a collective); the same list on every rank."""
     large = context.device.type == "cuda"
     correct, tflops = _product(context.device, 4096 if large else 128)
+    _factors(_look_size(context.device))  # A tenth of a second, which the first look would take from a step.
     copy = _copy(context.device, 1 << (28 if large else 20))
     link = _link(context, 1 << (26 if large else 18)) if context.world_size > 1 else None
     free = torch.cuda.mem_get_info(context.device)[0] / 2**30 if large else None
@@ -56,7 +57,7 @@ def examine(context: ParallelContext) -> list[Reading]:
 def look(context: ParallelContext, seconds: Mapping[str, float]) -> list[Reading]:
     """Between two steps: whether each rank's machine still computes rightly and as fast, and where its time went, `seconds` by
     phase (a collective). Takes 25 MiB and some milliseconds of a GPU."""
-    correct, tflops = _product(context.device, 2048 if context.device.type == "cuda" else 128)
+    correct, tflops = _product(context.device, _look_size(context.device))
     return context.gather(Reading(socket.gethostname(), correct, tflops, seconds=dict(seconds)))
 
 
@@ -98,6 +99,10 @@ def _rates(readings: Sequence[Reading]) -> dict[str, list[float]]:
     """By name those that all ranks have."""
     columns = {name: [getattr(reading, name) for reading in readings] for name in RATES}
     return {name: values for name, values in columns.items() if values and None not in values}
+
+
+def _look_size(device: torch.device) -> int:
+    return 2048 if device.type == "cuda" else 128
 
 
 @torch.no_grad()

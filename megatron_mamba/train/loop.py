@@ -57,7 +57,7 @@ def train(config: Config) -> int:
     """
     context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
     # From before the model is built until the last save is on the disk: no signal, be it the second, ends a rank in the middle.
-    with StopRequest(context) as stop, ExitStack() as closing:
+    with StopRequest() as stop, ExitStack() as closing:
         closing.callback(context.close)
         limits = config.trainer.watchdog_seconds, config.trainer.heartbeat_seconds
         with context.watchdog(*limits, lambda: stop.received is not None) as watchdog:
@@ -130,6 +130,7 @@ class Trainer:
         self.saved_step = self.checked_step = 0
         self.passed_over = 0  # Samples that were read and then left behind: they train nothing.
         self.save_is_due = False
+        self.told = False  # To stop, as some rank was: on all ranks alike.
         self.last_trouble = ""
         self.origin = f"initial weights of seed {config.run.seed}"
         self.trouble = Trouble(config.trainer.spike, config.trainer.max_skipped_steps)
@@ -166,7 +167,7 @@ class Trainer:
 
     def _train_to(self, end: int) -> bool:
         """Train until `end` samples or a signal; True as soon as the run should go back to its last checkpoint."""
-        config = self.config
+        config, self.told = self.config, self.context.any_rank(self.stop.received is not None)
         with self._loader(self.data.train, self._index_batches(self.consumed_samples)) as batches:
             while self.consumed_samples + self._batch_size() <= end and not self._stops():
                 record = self._train_step(batches)
@@ -229,15 +230,16 @@ class Trainer:
         targets = context.sum_over_tokens(torch.stack([(b.labels_BS >= 0).sum() for b in batches]).sum()).item()
         scale = 1.0 / max(targets, 1)
         passes = self._gradients(batches, scale)
-        # Ranks agree on it: one that went on alone would wait for the others without end.
+        # Ranks agree on it, and on whether this step is the last: one that went on alone would wait for the others without end.
         own = self.trouble.of(passes.loss, passes.grad_norm)
-        again = worst = self.context.largest(own.severity)
+        worst, told = self.context.largest(own.severity, self.stop.received is not None)
+        again, self.told = worst, bool(told)
         if worst:
             # Once more with the same weights and samples: to know whose fault it is, and to go on if it was not theirs.
             first = passes
             self.optimizer.zero_grad(set_to_none=True)
             passes = self._gradients(batches, scale)
-            again = self.context.largest(self.trouble.of(passes.loss, passes.grad_norm).severity)
+            (again,) = self.context.largest(self.trouble.of(passes.loss, passes.grad_norm).severity)
             self.trouble.transient_faults += again < worst
         skipped = self.trouble.skips(again, passes.loss, passes.grad_norm)
         if worst:
@@ -298,13 +300,12 @@ class Trainer:
         self.metrics.log({"message": message, **event}, kind="event")
 
     def _stops(self) -> bool:
-        """Whether any rank was told to stop (a collective)."""
-        if not self.stop.asked():
-            return False
-        name = signal.Signals(self.stop.received).name if self.stop.received else "a signal on another rank"
-        message = f"stopping at step {self.step} on {name}; the same command continues from here"
-        self.metrics.log({"message": message, "step": self.step}, kind="event")
-        return True
+        """Whether to stop before the next step; says so."""
+        if self.told:
+            name = signal.Signals(self.stop.received).name if self.stop.received else "a signal on another rank"
+            message = f"stopping at step {self.step} on {name}; the same command continues from here"
+            self.metrics.log({"message": message, "step": self.step}, kind="event")
+        return self.told
 
     def _give_up(self, record: dict[str, Any]) -> None:
         self._save()

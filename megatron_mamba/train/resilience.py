@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -13,7 +15,6 @@ import numpy as np
 import torch
 
 from megatron_mamba.config import SpikeConfig
-from megatron_mamba.parallel.context import ParallelContext
 
 LEAST_SPREAD = 1e-3
 """Of the mean: what a loss may differ by without being a spike, however steady it was."""
@@ -24,31 +25,45 @@ class TrainingError(RuntimeError):
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGUSR1 into a question that all ranks answer alike between two steps.
+    """Takes note of SIGTERM and SIGUSR1, of which this process would die, while used as a context manager.
 
-    Use as a context manager: the handlers that were there before come back at the end.
+    The handlers that were there before come back at the end.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, context: ParallelContext) -> None:
-        self.context = context
-        self.received: int | None = None
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> StopRequest:
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        # Python runs handlers in the main thread alone, and not while that waits in a library, say for a collective without end.
+        self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._pipe is not None
+        signal.set_wakeup_fd(self._woken)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        pipe, self._pipe = self._pipe, None
+        for end in pipe:
+            os.close(end)
+
+    @property
+    def received(self) -> int | None:
+        """A signal that has come, in whatever thread this is asked and wherever the main thread is."""
+        if self._received is None and self._pipe is not None:
+            with suppress(BlockingIOError):
+                self._received = next((number for number in os.read(self._pipe[0], 4096) if number in self.SIGNALS), None)
+        return self._received
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-
-    def asked(self) -> bool:
-        """True on every rank once any rank received a signal (a collective: call it on all ranks alike)."""
-        return self.context.any_rank(self.received is not None)
+        self._received = number
 
 
 class Finding(NamedTuple):

@@ -58,7 +58,7 @@ def trained(
 
     def body(context: ParallelContext) -> None:
         config = config_for(folder, ParallelConfig(**({"dp_shard": 1} | sizes)), policy)
-        trainer = loop.Trainer(config, context, loop.StopRequest(context))
+        trainer = loop.Trainer(config, context, loop.StopRequest())
         runs, step = [], trainer.pipeline.step
 
         def faulty(*arguments: Any, **named: Any) -> torch.Tensor:

@@ -313,7 +313,7 @@ def run_in_turn(mesh: str, *configs: Config) -> None:
             handler = logging.FileHandler(run_dir / f"{context.global_rank}.log")
             log.addHandler(handler)
             own = ParallelContext.over(context.mesh, context.device, config.parallel)
-            trainer = loop.Trainer(config, own, loop.StopRequest(own))
+            trainer = loop.Trainer(config, own, loop.StopRequest())
             trainer.run()
             trainer.close()
             log.removeHandler(handler)

@@ -1,7 +1,8 @@
 """What breaks on purpose under torchrun: how it ends, what is shown of it, and that nothing that was saved is lost.
 
-A rank killed and a rank stopped, and with ``--slow`` all, on four ranks, ten times each, at random moments. What each cost is shown
-at the end: seconds until all processes had ended (or the fault was noticed), steps lost, and how far losses are from a clean run's.
+A rank killed and a rank stopped, and with ``--slow`` all, on four ranks, ten times each, at random moments. On GPUs where
+there are several. What each cost is shown at the end: seconds until all processes had ended (or the fault was noticed), steps lost,
+and how far losses are from a clean run's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from test_launch import records, until
 from test_torchrun import MODEL, RUN, run
 
@@ -26,12 +28,14 @@ from megatron_mamba.checkpoint import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
+GPUS = torch.cuda.device_count()
+DEVICE = "cuda" if GPUS > 1 else "cpu"
 pytestmark = pytest.mark.xdist_group("faults")  # They share what an undisturbed run gives.
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 
 
 class Job:
-    """Training of STEPS steps through launch/torchrun.sh, or with a fault of the program under torchrun, on CPUs.
+    """Training of STEPS steps through launch/torchrun.sh, or with a fault of the program under torchrun, on DEVICE.
 
     `within` is a command that runs another somewhere, `variables` are more of the script's settings.
     """
@@ -44,8 +48,8 @@ class Job:
         self.restarts = restarts
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", FAULTY]
         script = [str(ROOT / "launch/torchrun.sh")]
-        arguments = [*MODEL, *RUN, f"trainer.train_samples={4 * STEPS}", "trainer.device=cpu", "parallel.tp=2", f"run.dir={folder}",
-                     "trainer.micro_batch_size=1", *settings]  # fmt: skip
+        arguments = [*MODEL, *RUN, f"trainer.train_samples={4 * STEPS}", f"trainer.device={DEVICE}", "parallel.tp=2",
+                     f"run.dir={folder}", "trainer.micro_batch_size=1", *settings]  # fmt: skip
         environment = os.environ | variables | {
             "NPROC_PER_NODE": str(ranks), "MAX_RESTARTS": str(restarts), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
             "FAULT": fault,
@@ -133,7 +137,7 @@ class Cost:
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of a run that nothing disturbs, on one rank."""
-    return run(tmp_path_factory.mktemp("clean") / "run", 1, "cpu", f"trainer.train_samples={4 * STEPS}")
+    return run(tmp_path_factory.mktemp("clean") / "run", 1, DEVICE, f"trainer.train_samples={4 * STEPS}")
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ def root_cause(shown: str) -> str:
 
 @pytest.fixture
 def ranks(slow: bool) -> int:
-    return 4 if slow else 2
+    return 4 if slow and (DEVICE == "cpu" or GPUS >= 4) else 2
 
 
 @pytest.fixture
@@ -349,10 +353,10 @@ def nodes(tmp_path: Path) -> Iterator[list[list[str]]]:
 
 
 def start_on(nodes: list[list[str]], folder: Path, restarts: int = 0) -> list[Job]:
-    settings = {"NNODES": "2", "HEAD": "node0", "STUCK_SECONDS": "5"}
-    patience = "trainer.heartbeat_seconds=4"
+    settings = ("trainer.heartbeat_seconds=4", "trainer.device=cpu")
+    variables = {"NNODES": "2", "HEAD": "node0", "STUCK_SECONDS": "5"}
     return [
-        Job(folder, 2, patience, restarts=restarts, within=node, **settings, NODE_RANK=str(rank)) for rank, node in enumerate(nodes)
+        Job(folder, 2, *settings, restarts=restarts, within=node, **variables, NODE_RANK=f"{i}") for i, node in enumerate(nodes)
     ]
 
 

@@ -33,7 +33,7 @@ def train(run_dir: Path, length: int, steps: int, *overrides: str) -> list[float
 
     def body(context: ParallelContext) -> None:
         own = ParallelContext.over(context.mesh, context.device, config.parallel)
-        trainer = loop.Trainer(config, own, loop.StopRequest(own))
+        trainer = loop.Trainer(config, own, loop.StopRequest())
         trainer.run()
         trainer.close()
 

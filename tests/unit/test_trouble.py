@@ -1,15 +1,20 @@
-"""Which steps are spikes, what is counted of them, and what running a step again tells."""
+"""Signals that end a run, which steps are spikes, what is counted of them, and what running a step again tells."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
+import signal
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_mamba.config import ConfigError, SpikeConfig
-from megatron_mamba.train.resilience import FINE, NOT_FINITE, SPIKE, Trouble, verdict
+from megatron_mamba.train.resilience import FINE, NOT_FINITE, SPIKE, StopRequest, Trouble, verdict
 
 NAN = float("nan")
 
@@ -22,6 +27,33 @@ def filled(policy: Any = "skip", window: int = 32, **settings: int) -> Trouble:
         assert trouble.of(loss, norm) == (FINE, "")
         assert not trouble.skips(FINE, loss, norm)
     return trouble
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_a_signal_is_noticed_while_the_main_thread_waits_in_a_library(number: signal.Signals) -> None:
+    """Where Python runs no handlers, as in a collective with a rank that is gone: the watchdog's thread has to know."""
+    library, lock, noticed = ctypes.CDLL(None), ctypes.create_string_buffer(128), list[int | None]()
+
+    def tell_and_ask() -> None:
+        time.sleep(0.5)  # Until the main thread is in the library.
+        os.kill(os.getpid(), number)
+        end = time.monotonic() + 10.0
+        while stop.received is None and time.monotonic() < end:
+            time.sleep(0.01)
+        noticed.append(stop.received)
+        library.pthread_mutex_unlock(lock)
+
+    before = [signal.getsignal(other) for other in StopRequest.SIGNALS]
+    with StopRequest() as stop:
+        library.pthread_mutex_lock(lock)
+        thread = threading.Thread(target=tell_and_ask)
+        thread.start()
+        library.pthread_mutex_lock(lock)  # Until the thread unlocks it: a signal does not end this.
+        thread.join()
+        assert noticed == [number]
+    assert stop.received == number
+    assert [signal.getsignal(other) for other in StopRequest.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 SEEN = [(3.2, 1.2, ""), (3.5, 1.0, "loss 3.5"), (3.0, 1.5, "grad norm 1.5"), (1.0, 0.1, "")]
