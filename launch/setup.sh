@@ -68,7 +68,12 @@ sys.exit(not (new and (sys.argv[1] == "cpu" or torch.version.cuda)))
 PY
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@"; }
+# With the extra dev, that of a machine for tests, Python compiles what it imports when it does, and not all that is installed.
+pip_install() {
+  local options=(--disable-pip-version-check --progress-bar off)
+  [[ $extras != *dev* ]] || options+=(--no-compile)
+  "$venv/bin/python" -m pip install "${options[@]}" "$@"
+}
 
 reachable() { "$venv/bin/python" -c "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)" "$1" 2>/dev/null; }
 
