@@ -57,9 +57,11 @@ class StopRequest:
     @property
     def received(self) -> int | None:
         """A signal that has come, in whatever thread this is asked and wherever the main thread is."""
-        if self._received is None and self._pipe is not None:
-            with suppress(BlockingIOError):
-                self._received = next((number for number in os.read(self._pipe[0], 4096) if number in self.SIGNALS), None)
+        if self._received is None and (pipe := self._pipe) is not None:
+            with suppress(OSError):  # Nothing came, or this is being left.
+                for number in os.read(pipe[0], 4096):
+                    if number in self.SIGNALS:
+                        self._received = number
         return self._received
 
     def _receive(self, number: int, _: FrameType | None) -> None:
