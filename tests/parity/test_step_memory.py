@@ -41,32 +41,33 @@ MODEL = [
 ]  # fmt: skip
 ALL, SP = "model.pattern=M-*m-", "parallel.sequence_parallel=true"
 TIED = ["model.tie_embeddings=true", "model.vocab_size=4096"]
-CASES: list[tuple[dict[str, int], int, list[str]]] = [
+SLOW = pytest.mark.slow  # What others show too.
+CASES: list[Any] = [
     ({}, 1, [ALL]),
     ({}, 1, ["model.pattern=*-", "model.vocab_size=2048"]),
-    ({}, 3, [ALL, "parallel.reshard_after_forward=false"]),
+    pytest.param({}, 3, [ALL, "parallel.reshard_after_forward=false"], marks=SLOW),
     ({}, 2, ["model.pattern=*-", "trainer.precision=fp32", *TIED]),
     ({"dp_shard": 2}, 1, [ALL]),
-    ({"dp_shard": 3}, 2, [ALL, "parallel.reshard_after_forward=false"]),
+    pytest.param({"dp_shard": 3}, 2, [ALL, "parallel.reshard_after_forward=false"], marks=SLOW),
     ({"dp_shard": 2}, 3, [ALL, "parallel.reduce_gradients=micro_batch"]),
-    ({"dp_shard": 2}, 2, ["model.pattern=M-*-", *TIED]),
+    pytest.param({"dp_shard": 2}, 2, ["model.pattern=M-*-", *TIED], marks=SLOW),
     ({"dp_shard": 2, "dp_replicate": 2}, 2, [ALL]),
-    ({"tp": 2}, 1, [ALL]),
-    ({"tp": 2, "dp_shard": 2}, 1, [ALL, SP]),
+    pytest.param({"tp": 2}, 1, [ALL], marks=SLOW),
+    pytest.param({"tp": 2, "dp_shard": 2}, 1, [ALL, SP], marks=SLOW),
     ({"tp": 2, "dp_shard": 2}, 1, [ALL, SP, "recompute=selective"]),
     ({"tp": 4}, 2, [ALL, SP, "recompute=full"]),
     ({"cp": 3}, 1, ["model.pattern=*-", "data.seq_length=96"]),
-    ({"cp": 3}, 2, ["model.pattern=M-", "data.seq_length=96"]),
+    pytest.param({"cp": 3}, 2, ["model.pattern=M-", "data.seq_length=96"], marks=SLOW),
     ({"cp": 4, "dp_shard": 2}, 1, ["model.pattern=*m-", "recompute=selective", "model.mlp.ffn_size=1024"]),
 ]
 LONG = "model.pattern=M-*m-M-*"
-PIPELINES: list[tuple[dict[str, int], int, list[str]]] = [
+PIPELINES: list[Any] = [
     ({"pp": 4}, 6, [LONG]),
-    ({"pp": 2}, 12, [LONG, "trainer.precision=fp32"]),
+    pytest.param({"pp": 2}, 12, [LONG, "trainer.precision=fp32"], marks=SLOW),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.reshard_after_forward=false", "recompute=full"]),
     ({"pp": 2, "cp": 4, "tp": 2}, 4, [LONG, SP, "recompute=selective"]),
-    ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.schedule=interleaved"]),
-    ({"pp": 2}, 6, [LONG, "parallel.schedule=zero_bubble"]),
+    pytest.param({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.schedule=interleaved"], marks=SLOW),
+    pytest.param({"pp": 2}, 6, [LONG, "parallel.schedule=zero_bubble"], marks=SLOW),
     ({"pp": 2, "dp_shard": 2}, 4, [LONG, "parallel.schedule=zbv"]),
 ]
 

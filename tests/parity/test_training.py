@@ -1,8 +1,8 @@
 """N ranks train as one rank does: loss, every gradient, gradient norm and the weights after two steps, in float64.
 
-Each test is a mesh and runs all patterns. Settings take turns over patterns and meshes: tensor-, data- and context-parallel ranks
-run each pattern without recomputation and with one kind of it, one of them with sequence parallelism; pipelines, and context
-parallelism with others, one of these. With ``--slow`` tensor- and data-parallel ranks run all combinations, the others both.
+Each test is a mesh and runs all patterns. Settings take turns over patterns and meshes: tensor-parallel ranks run each pattern
+without recomputation and with one kind of it, one of them with sequence parallelism; others do one of these. With ``--slow``
+tensor- and data-parallel ranks run all combinations, the others both.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,9 +87,11 @@ def settings(turn: int, tp: bool, slow: bool) -> Iterator[tuple[str, bool]]:
     """The kinds of recomputation, each with whether there is sequence parallelism, of a pattern on a mesh."""
     if slow:
         yield from product(RECOMPUTE, (False, True) if tp else (False,))
-    else:
+    elif tp:
         split = bool(turn // 3 % 2)
-        yield from (("none", tp and not split), (("selective", "full")[turn % 2], tp and split))
+        yield from (("none", not split), (("selective", "full")[turn % 2], split))
+    else:
+        yield [*RECOMPUTE][turn % 3], False
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -113,7 +115,7 @@ def test_ranks_train_as_one_over_context_and_pipeline(
     batch, micro_batches = (8, 4) if "pp" in laid.sizes else (4, 2)
     for turn, (short, longer) in enumerate(LONGER.items(), start=list(LAID).index(mesh)):
         pattern = longer if "pp" in laid.sizes else short
-        for again in (0, 1) if slow or laid.sizes.keys() == {"cp"} else (turn // 2 % 2,):
+        for again in (0, 1) if slow else (turn // 2 % 2,):
             recompute = ("selective", "full")[turn % 2] if again else "none"
             name = f"{pattern}, recompute {recompute}"
             cases[name] = Case(

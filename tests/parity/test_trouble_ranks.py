@@ -79,7 +79,7 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"tp": 2, "dp_shard": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param({"tp": 2}, marks=pytest.mark.slow), {"tp": 2, "dp_shard": 2}], ids=str)
 def test_a_fault_of_one_rank_is_named_and_costs_nothing(sizes: dict[str, int], tmp_path: Path) -> None:
     """Not finite at step 6, a spike at step 7; ranks of another tp rank see neither."""
     clean = trained(tmp_path / "clean", sizes, "skip")

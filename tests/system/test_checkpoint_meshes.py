@@ -361,13 +361,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("tp2 dp2", "tp4"),
         ("tp2 dp2", "dp4"),
         ("tp2 dp2", "one"),
-        ("tp2 dp2", "replicas2 dp2"),
+        pytest.param("tp2 dp2", "replicas2 dp2", marks=pytest.mark.slow),
         ("one", "tp2 dp2"),
         ("tp2 dp2", "pp2"),
         ("pp2 cp2 zbv", "tp4"),
-        ("pp2 cp2 zbv", "one"),
+        pytest.param("pp2 cp2 zbv", "one", marks=pytest.mark.slow),
         ("pp2 interleaved", "pp2"),
-        ("pp2 interleaved", "pp2 cp2 zbv"),
+        pytest.param("pp2 interleaved", "pp2 cp2 zbv", marks=pytest.mark.slow),
     ],
 )
 def test_training_continues_on_another_mesh(

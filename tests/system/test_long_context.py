@@ -52,7 +52,10 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("recipe", "ranks"), [("long_context_16k", 2), ("long_context_32k", 4), ("long_context_128k", 8)])
+RECIPES = [("long_context_16k", 2), pytest.param("long_context_32k", 4, marks=pytest.mark.slow), ("long_context_128k", 8)]
+
+
+@pytest.mark.parametrize(("recipe", "ranks"), RECIPES)
 def test_a_recipe_goes_on_from_a_short_context(recipe: str, ranks: int, short: Path, tmp_path: Path) -> None:
     """Over the recipe's ranks as on one, and from the checkpoint's weights."""
     chosen = [f"recipe={recipe}", f"checkpoint.init_from={short}", "optim.schedule.warmup_tokens=64"]

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_generate_what_one_does(tp: int, folder: Path) -> None:
     """Two ranks share one group or key/value head, four share one or two."""
 
