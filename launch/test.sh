@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 ./launch/setup.sh export,dev || exit
 
 bin=.venv/bin
-workers=$(($(getconf _NPROCESSORS_ONLN) + 1)) # more than cores: some tests wait, for a store, a signal or a silent rank
+workers=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=1 # one thread a worker: more would only fight for the same cores
 summary=()
 failed=0
