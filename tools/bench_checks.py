@@ -83,20 +83,17 @@ def seconds_a_step(processes: int, steps: int, interval: int, settings: list[str
     return laps[1:]
 
 
-def each_check(settings: list[str], steps: int) -> int:
+def each_check(settings: list[str], steps: int) -> None:
     """Train with all checks as a rank of torchrun, and have the first rank print what each took."""
     processes, default, seconds = int(os.environ["WORLD_SIZE"]), TrainerConfig(), defaultdict[str, list[float]](list)
-    length = f"trainer.train_samples={MICRO_BATCHES * processes * steps}"
-    often = ["trainer.replica_check_interval=10", "trainer.health_interval=10", length]
+    often = ["trainer.replica_check_interval=10", "trainer.health_interval=10"]
     config = compose([*ENDLESS, *_batch(processes), "run.dir=none", *settings, *often])
-    context, inside = ParallelContext.create(config.parallel, config.trainer.device), set[str]()
+    trainer = replace(config.trainer, train_samples=steps * config.trainer.global_batch_size)
+    context, inside = ParallelContext.create(config.parallel, trainer.device), set[str]()
 
-    def wait(together: bool) -> None:
+    def wait() -> None:
         if context.device.type == "cuda":
             torch.cuda.synchronize()
-        if together:
-            context.barrier()
-            wait(together=False)
 
     def time_calls(owner: type, method: str, what: str) -> None:
         """Of a method, but where another of these calls it, from when all ranks are there until the GPU is done."""
@@ -106,9 +103,11 @@ def each_check(settings: list[str], steps: int) -> int:
             if inside:
                 return original(*arguments)
             inside.add(what)
-            wait(together=True)
+            wait()
+            context.barrier()
+            wait()
             begin, result = time.perf_counter(), original(*arguments)
-            wait(together=False)
+            wait()
             seconds[what].append(time.perf_counter() - begin)
             inside.clear()
             return result
@@ -123,29 +122,31 @@ def each_check(settings: list[str], steps: int) -> int:
         watch(watchdog)
         seconds["watchdog, a second"].append(time.thread_time() - begin)
 
-    calls = {
-        "agreement on a step": 1.0, "is it a spike": 2.0, "comparison of replicas": 1 / default.replica_check_interval,
-        "look at the machines": 1 / default.health_interval,
-    }  # fmt: skip
-    methods = ((ParallelContext, "largest"), (Trouble, "of"), (loop.Trainer, "_check_replicas"), (loop.Trainer, "_look"))
-    for what, (owner, method) in zip(calls, methods, strict=True):
-        time_calls(owner, method, what)
-    time_calls(Trouble, "skips", "is it a spike")
+    # Calls a step by default, and of what.
+    checks: dict[str, tuple[float, type, tuple[str, ...]]] = {
+        "agreement on a step": (1.0, ParallelContext, ("largest",)),
+        "is it a spike": (2.0, Trouble, ("of", "skips")),
+        "comparison of replicas": (1 / default.replica_check_interval, loop.Trainer, ("_check_replicas",)),
+        "look at the machines": (1 / default.health_interval, loop.Trainer, ("_look",)),
+    }
+    for what, (_, owner, methods) in checks.items():
+        for method in methods:
+            time_calls(owner, method, what)
     setattr(Watchdog, "_look", look)  # noqa: B010 - the type checker minds an assignment
-    with tempfile.TemporaryDirectory() as place:
-        loop.train(replace(config, run=replace(config.run, dir=place)))
+    with tempfile.TemporaryDirectory() as own:
+        folder = context.gather(own)[0]  # One for all ranks.
+        loop.train(replace(config, trainer=trainer, run=replace(config.run, dir=folder)))
     if int(os.environ["RANK"]) == 0:
         table, total = Table(title=f"{' '.join(settings)}, {processes} ranks, {steps} steps"), 0.0
         for column in ("", "calls", "least, ms", "median", "most", "a step by default"):
             table.add_column(column, justify="right")
         for what, laps in seconds.items():
             milliseconds = [1e3 * value for value in (min(laps), statistics.median(laps), max(laps))]
-            part = calls.get(what, 0.0) * milliseconds[1]
+            part = checks[what][0] * milliseconds[1] if what in checks else 0.0
             total += part
             table.add_row(what, str(len(laps)), *(f"{value:.3f}" for value in milliseconds), f"{part:.4f}" if part else "")
         table.add_row("together", "", "", "", "", f"{total:.4f}")
         Console().print(table)
-    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -158,14 +159,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind (default 2)")
     args = parser.parse_args(argv)
     settings = args.settings or list(WIDE if torch.cuda.is_available() else TINY)
-    if "RANK" in os.environ:
-        return each_check(settings, args.steps)
     checks = [f"trainer.replica_check_interval={args.interval}", f"trainer.health_interval={args.interval}"]
     kinds = {"all checks": checks, "none": list(NONE)}
     found = {kind: list[float]() for kind in kinds}
     try:
-        for name in ("processes", "interval", "repeats"):
+        for name in ("processes", "steps", "interval", "repeats"):
             require(getattr(args, name) > 0, f"--{name}", getattr(args, name), "must be positive", "Use 1 or more")
+        if "RANK" in os.environ:
+            each_check(settings, args.steps)
+            return 0
         require(args.steps >= 2 * args.interval, "--steps", args.steps, "has one interval", "Use twice --interval, or more")
         with tempfile.TemporaryDirectory() as place:
             for i in range(args.repeats):

@@ -151,7 +151,8 @@ class ParallelContext:
             return list(values)
         found = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return [int(value) for value in found.tolist()]
+        largest: list[int] = found.tolist()
+        return largest
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, by rank, on every rank (a collective)."""

@@ -1,5 +1,8 @@
 """tools/bench_checks.py: times of both kinds of runs, and what it refuses."""
 
+import os
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +30,24 @@ def test_both_kinds_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     while left_behind() and time.monotonic() < until:
         time.sleep(0.1)
     assert not left_behind()
+
+
+@pytest.mark.slow
+def test_each_check_is_timed() -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", bench_checks.__file__]
+    done = subprocess.run(
+        [*launch, "--steps", "20", *bench_checks.TINY, "trainer.device=cpu"],
+        env=os.environ | {"COLUMNS": "160"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) == 8}
+    counted = {what: int(cells[2]) for what, cells in rows.items() if what not in ("together", "watchdog, a second")}
+    # One more agreement before the first step, and one more comparison before the save at the end.
+    assert counted == {
+        "agreement on a step": 21, "is it a spike": 40, "comparison of replicas": 3, "look at the machines": 2
+    }  # fmt: skip
+    parts = [float(cells[6]) for what, cells in rows.items() if what in counted]
+    assert float(rows["together"][6]) == pytest.approx(sum(parts), abs=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "99"], ["--interval", "0"], ["--processes", "0"]])
