@@ -14,6 +14,9 @@ from torch import Tensor
 
 from megatron_mamba.checkpoint.hf_classes import CLASSES, HFExportError
 
+CACHE_ARGUMENTS = ("cache", "cache_params", "past_key_values")
+"""Newest first: transformers 5.24; Mamba's classes up to 5.23; all others up to 5.23."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -43,7 +46,7 @@ def compare(
     with torch.no_grad():
         reference = logits(ids)[0].float().cpu()
         model = _load(Path(folder)).to(device)
-        name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+        name = _cache_argument(model)
         output = model(input_ids=ids[:, :split], use_cache=True)
         rows = [output.logits[0].float().cpu()]
         for i in range(split, len(tokens)):
@@ -70,6 +73,18 @@ def sample_tokens(folder: Path | str, vocab_size: int, length: int) -> list[int]
         if len(ids) >= length:
             break
     return ids[:length]
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache. Another name is taken in silence and ignored."""
+    parameters = inspect.signature(model.forward).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in parameters:
+            return name
+    raise HFExportError(
+        f"{type(model).__name__} takes its cache under none of the names {', '.join(CACHE_ARGUMENTS)}: install a transformers that "
+        "was tried (README.md)"
+    )
 
 
 def _load(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hf_models import CASES, HALF_ROPE, NO_ROPE, SWIGLU, load, tiny, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_mamba.checkpoint import hf
+from megatron_mamba.checkpoint import hf, hf_verify
 from megatron_mamba.checkpoint.hf_classes import CLASSES
 from megatron_mamba.checkpoint.hf_verify import compare
 from megatron_mamba.config import Config, ModelConfig, to_dict
@@ -254,3 +255,30 @@ def test_sizes() -> None:
     for text in ("", "big", "0", "-1GB"):
         with pytest.raises(ValueError, match="not a size"):
             hf.parse_size(text)
+
+
+class Model:
+    """Stands for transformers' classes of several versions: the signature decides how a cache is passed."""
+
+    def __init__(self, *names: str) -> None:
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        self.forward = lambda **kwargs: None
+        self.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["input_ids", "cache"], "cache"),  # 5.24, all classes
+        (["input_ids", "cache_params"], "cache_params"),  # 5.23, Mamba and Mamba-2
+        (["input_ids", "past_key_values"], "past_key_values"),
+        (["past_key_values", "cache"], "cache"),  # deprecated and new beside each other
+    ],
+)
+def test_the_cache_is_passed_under_the_name_that_is_read(names: list[str], found: str) -> None:
+    assert hf_verify._cache_argument(Model(*names)) == found
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(hf.HFExportError, match="takes its cache under none of the names cache, cache_params, past_key_values"):
+        hf_verify._cache_argument(Model("input_ids", "kwargs"))
