@@ -44,12 +44,13 @@ BACKWARD = Tunable("gated_norm_backward", _backward_candidates)
 
 @triton.jit
 def _inverse_rms(gated, squares_ptr, rows, T, SIZE, eps):
-    """The factor that normalises rows of a group, from their sums of squares: given, or those of what is here."""
+    """The factor that normalises rows of a group, from their sums of squares: given, or those of what is here. Past the last row it
+    is zero: with eps = 0 it would be infinite, and times zero in the sums over rows."""
     if squares_ptr is not None:
         squares = tl.load(squares_ptr + rows, mask=rows < T, other=0.0)
     else:
         squares = tl.sum(gated * gated, 1, keep_dims=True)
-    return tl.rsqrt(squares / SIZE + eps)
+    return tl.where(rows < T, tl.rsqrt(squares / SIZE + eps), 0.0)
 
 
 @triton.jit

@@ -102,7 +102,8 @@ def _norm_backward_kernel(
             # What goes to the mean of h: with it taken out of both, the rest is as for RMSNorm.
             g_mean = tl.sum(g_normed, 1, keep_dims=True) / D
             h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / D, 0.0)
-        inverse_rms = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / D + eps)
+        # Of rows past the last with eps = 0, infinite: times zero it would be in the sums over rows.
+        inverse_rms = tl.where(rows < T, tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / D + eps), 0.0)
         projection = tl.sum(g_normed * h, 1, keep_dims=True) / D * inverse_rms
         normed = h * inverse_rms
         g_weight += g_out * normed
