@@ -33,13 +33,24 @@ def chunk_length(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 128
 
 
+def least_columns(dtype: torch.dtype) -> int:
+    """Of a tile in a matrix product. Those of 16-bit numbers have rows of 128 bytes or more, and so all lie alike in shared memory.
+
+    Hopper's matrix instructions are told how a tile lies by a descriptor, and ptxas 12.8, the assembler of Triton up to 3.7,
+    confuses the descriptors of tiles that lie at one address in different ways. With narrower tiles beside these, outputs or
+    gradients were wrong without a warning: docs/kernels.md.
+    """
+    return 16 if dtype == torch.float32 else 64
+
+
 def _state_candidates(dtype: torch.dtype, head_dim: int, state_size: int, waves: int) -> list[Meta]:
     """`waves`: 2 where heads are more than multiprocessors, 1 where smaller tiles may keep more of those at work, 0 where heads are
     fewer than half of those: long sequences are then swept in segments. Two heads of a program share what they read of B or C."""
     length, block_p, block_n = chunk_length(dtype), min(head_dim, 64), min(state_size, 64 if dtype == torch.float32 else 128)
+    least = min(state_size, least_columns(dtype))
     tiles = [(length, block_p, block_n, 8, stages) for stages in (3, 2, 4)]
     tiles += [(length // 2, block_p, block_n, 4, stages) for stages in (3, 2)]
-    tiles += [(length // 2, block_p, max(block_n // 2, 16), 4, stages) for stages in (3, 2)]
+    tiles += [(length // 2, block_p, max(block_n // 2, least), 4, stages) for stages in (3, 2)]
     alone = [
         {"STEP": step, "HEADS": 1, "BP": p, "BN": n, "num_warps": warps, "num_stages": stages}
         for step, p, n, warps, stages in tiles
@@ -62,17 +73,26 @@ def _pair_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list
 
 
 def _token_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
-    block_p = min(head_dim, 64)
-    blocks = [(block_p, warps, stages) for warps in (4, 8) for stages in (3, 2, 1)]
-    blocks += [(32, 4, 2)] if block_p > 32 else []  # Fewer registers: none are spilled.
+    block_p, most = min(head_dim, 64), _stages_that_fit(dtype, head_dim, state_size)
+    blocks = [(block_p, warps, stages) for warps in (4, 8) for stages in (3, 2, 1) if stages <= most]
+    blocks += [(32, 4, min(2, most))] if block_p > 32 >= least_columns(dtype) else []  # Fewer registers: none are spilled.
     return [{"BP": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in blocks]
+
+
+def _stages_that_fit(dtype: torch.dtype, head_dim: int, state_size: int) -> int:
+    """How many heads may be asked for ahead: each takes shared memory for its state and two halves of a chunk of v, beside what is
+    there of u and w. A rough count, which leaves room on every architecture."""
+    half = chunk_length(dtype) // 2
+    fixed, ahead = dtype.itemsize * 3 * half * state_size + 16384, dtype.itemsize * head_dim * (state_size + 2 * half)
+    return max((stages for stages in (1, 2, 3) if fixed + (stages - 1) * ahead <= 200_000), default=1)
 
 
 def _group_candidates(dtype: torch.dtype, head_dim: int, state_size: int) -> list[Meta]:
     length, block_p = chunk_length(dtype), min(head_dim, 64)
     shapes = ((length // 2, 4), (length, 8), (length, 4))
     few = [{"ROWS": rows, "BP": block_p, "num_warps": warps, "num_stages": n} for n in (1, 2, 3) for rows, warps in shapes]
-    few += [meta | {"BP": 32} for meta in few if block_p > 32 and meta["num_warps"] == 4 and meta["num_stages"] > 1]
+    if block_p > 32 >= least_columns(dtype):
+        few += [meta | {"BP": 32} for meta in few if meta["num_warps"] == 4 and meta["num_stages"] > 1]
     # Two programs of eight warps fit a multiprocessor.
     return few + [few[0] | {"num_warps": 8, "num_stages": stages, "maxnreg": 128} for stages in (1, 2)]
 
@@ -104,7 +124,8 @@ class Scan:
         self.groups, self.state_size = B.shape[2:]
         self.per_group, self.chunk = self.heads // self.groups, chunk_length(x.dtype)
         self.chunks = cdiv(self.length, self.chunk)
-        padded_p, padded_n = padded(self.head_dim), padded(self.state_size)
+        least = least_columns(x.dtype)
+        padded_p, padded_n = padded(self.head_dim, least), padded(self.state_size, least)
         self.key = (x.dtype, padded_p, padded_n)
         # Enough programs to fill a GPU, by sharing out the heads of a group; what they add up is then summed.
         self.splits = 1
@@ -153,9 +174,9 @@ def of_heads(t: Tensor, heads: slice) -> Tensor:
     return t if heads == ALL else t[:, :, heads]
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, that holds a dimension of a matrix product."""
-    return max(next_power_of_2(size), 16)
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds a dimension of a matrix product, which has at least 16."""
+    return max(next_power_of_2(size), least)
 
 
 def count_documents(document_start: Tensor | None) -> Tensor | None:
