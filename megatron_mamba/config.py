@@ -178,7 +178,8 @@ class TrainerConfig:
     heartbeat_seconds: float = 60.0
     """Without a sign of life of a rank for which others wait, after which they end."""
     health_check: bool = True
-    """Before training, whether each rank's machine computes rightly, and how fast it computes, copies and sends."""
+    """Before training, whether each rank's machine and the fused kernels that the model uses compute rightly, and how fast the
+    machine computes, copies and sends."""
     health_interval: int = 1000
     """Steps between later looks at it: whether each rank still computes rightly and as fast, and where its time goes."""
     replica_check_interval: int = 100

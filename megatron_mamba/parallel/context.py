@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,6 +178,11 @@ class ParallelContext:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can find out again: $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_mamba"
 
 
 JOB_VARIABLES = {

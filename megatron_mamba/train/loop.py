@@ -41,6 +41,7 @@ from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
 from megatron_mamba.train.checks import changed_settings, check_batches, check_same_model, mesh_name
+from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import plot_run
 from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
@@ -99,6 +100,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         backend.FUSED = config.trainer.kernels == "fused"
         self.readings = self._examined()
+        self.kernels = check_kernels(config, context) if config.trainer.health_check else None
         self.data = build_datasets(config)
         # What is put off under a zero-bubble schedule costs time too.
         timed = config.parallel.balance == "time" and context.size("pp") > 1
@@ -463,6 +465,7 @@ class Trainer:
             "device": str(self.context.device),
             "job": dict(self.context.job),
             "health": health.summary(self.readings),
+            "kernels_checked": None if self.kernels is None else self.kernels._asdict(),
             "torch": torch.__version__,
         }
 
