@@ -3,7 +3,7 @@
 #   ./launch/setup.sh [EXTRAS, default export] && source .venv/bin/activate
 # A second run takes no time unless pyproject.toml changed. PYTHON=/path/to/python3 chooses the interpreter of a new .venv;
 # an active virtual environment is not used. On a GPU machine a CUDA build of PyTorch is installed, or the system's own is used if it
-# is new enough; otherwise the CPU build.
+# is new enough; otherwise the CPU build. TORCH='torch==2.11.0 --index-url URL' chooses another.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -85,7 +85,10 @@ make_venv() {
 }
 
 install_torch() {
-  if has_torch "$venv/bin/python" "$device"; then
+  if [[ -n ${TORCH-} ]]; then
+    # shellcheck disable=SC2086 # several arguments
+    pip_install $TORCH
+  elif has_torch "$venv/bin/python" "$device"; then
     echo "torch is there already"
   elif [[ $device == gpu ]]; then
     pip_install "torch>=2.11"
@@ -96,9 +99,21 @@ install_torch() {
   fi
 }
 
-# The pin keeps pip from replacing the torch that is there while it resolves the other packages.
+# A torch for a newer CUDA than the driver knows installs without a word and then sees no GPU.
+check_driver() {
+  "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && return
+  local driver built
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+  built=$("$venv/bin/python" -c 'import torch; print(f"torch {torch.__version__}, built for CUDA {torch.version.cuda},")')
+  fail "$built sees no GPU: the driver here, ${driver:-of unknown version}, may be too old for it" \
+    "Update the driver, or take a build for an older CUDA (https://pytorch.org/get-started/locally lists them):" \
+    "TORCH='torch>=2.11 --index-url https://download.pytorch.org/whl/cu126' ./launch/setup.sh $extras"
+}
+
+# The pin keeps pip from replacing the torch that is there while it resolves the other packages. It is what the metadata call the
+# version: those of wheels from PyPI lack the "+cu132" that torch.__version__ has.
 install_project() {
-  "$venv/bin/python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$venv/constraints.txt"
+  "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$venv/constraints.txt"
   pip_install -c "$venv/constraints.txt" -e ".${extras:+[$extras]}"
 }
 
@@ -121,5 +136,6 @@ mkdir -p "$venv"
 : >"$log"
 run "Python environment $venv${python:+ ($("$python" --version))}" make_venv
 run "PyTorch for $device" install_torch
+[[ $device == cpu ]] || check_driver
 run "megatron-mamba${extras:+ with $extras}" install_project
 printf '%s\n' "$key" >"$stamp"

@@ -37,7 +37,7 @@ class DataConfig:
     blend: dict[str, float] | None = None
     """Prefix -> weight, for several corpora."""
     split: tuple[float, float, float] = (969.0, 30.0, 1.0)
-    """Shares of the tokens for train, validation and test, cut at document borders in file order."""
+    """Shares of the tokens for train, validation and test, cut in file order: at document borders where all get a sequence."""
     tokenizer: str | None = None
     """SentencePiece .model, or a folder / tokenizer.json of a Hugging Face tokenizer; default: the one recorded with the data."""
     seq_length: int = 4096

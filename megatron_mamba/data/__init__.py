@@ -53,11 +53,11 @@ def build_datasets(config: Config) -> Datasets:
         weights = {str(data.path): 1.0} if data.blend is None else data.blend
         readers = {prefix: IndexedReader(prefix) for prefix in weights}
         tokenizer, sha256 = _check_tokenizer(config, readers, tokenizer, sha256)
-        documents = {prefix: split_documents(reader, data.split) for prefix, reader in readers.items()}
+        shares = {prefix: split_documents(reader, data.split, data.seq_length + 1) for prefix, reader in readers.items()}
         for number, split in enumerate(SPLITS):
             parts = [
                 PackedDataset(
-                    reader, documents[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
+                    reader, shares[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
                     vocab_size=config.model.vocab_size, cache_dir=data.cache_dir,
                 )
                 for prefix, reader in readers.items() if data.split[number]

@@ -48,40 +48,69 @@ class Dataset(Protocol):
         """Sample `number` >= 0."""
 
 
-def split_documents(reader: IndexedReader, ratios: Sequence[float]) -> list[range]:
-    """Documents of train, valid and test: in file order, cut at the borders nearest to `ratios` of the corpus' tokens."""
+@dataclass(frozen=True)
+class Share:
+    """A part of a corpus: `documents`, and of those the tokens from `begin` to `end`, inside the first and the last of them."""
+
+    documents: range
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, reader: IndexedReader, documents: range) -> Share:
+        """Whole documents."""
+        return cls(documents, reader.start_of(documents.start), reader.start_of(documents.stop))
+
+
+def split_documents(reader: IndexedReader, ratios: Sequence[float], least: int = 1) -> list[Share]:
+    """What train, valid and test have: in file order, cut at the borders of documents nearest to `ratios` of the corpus' tokens.
+    Where that would leave one of them fewer than `least` tokens, documents being few or very long, all are cut inside of them."""
+    targets = [reader.n_tokens * share / sum(ratios) for share in itertools.accumulate(ratios)]
     cuts = [0]
-    for share in itertools.accumulate(ratios):
-        target = reader.n_tokens * share / sum(ratios)
+    for target in targets:
         after = bisect.bisect_left(range(reader.n_documents), target, key=reader.start_of)
         before = max(after - 1, 0)
         nearest = before if target - reader.start_of(before) < reader.start_of(after) - target else after
         cuts.append(max(cuts[-1], nearest))
     cuts[-1] = reader.n_documents
-    return [range(first, last) for first, last in itertools.pairwise(cuts)]
+    shares = [Share.of(reader, range(first, last)) for first, last in itertools.pairwise(cuts)]
+    if all(share.end - share.begin >= least for share, ratio in zip(shares, ratios, strict=True) if ratio > 0):
+        return shares
+    tokens = [0, *(round(target) for target in targets)]
+    return [_span(reader, begin, end) for begin, end in itertools.pairwise(tokens)]
+
+
+def _span(reader: IndexedReader, begin: int, end: int) -> Share:
+    """Some tokens, and the documents that they are of."""
+    if begin == end:
+        return Share(range(0), begin, end)
+    first = bisect.bisect_right(range(reader.n_documents), begin, key=reader.start_of) - 1
+    last = bisect.bisect_left(range(reader.n_documents), end, key=reader.start_of)
+    return Share(range(first, last), begin, end)
 
 
 class PackedDataset:
-    """The samples of documents `documents` of a corpus.
+    """The samples of a share of a corpus.
 
     `vocab_size`: ids at or above it (a corpus of another tokenizer, or damage) raise :class:`DataError` when read.
     `cache_dir`: where epochs' indices of large corpora are kept; default PREFIX.cache.
     """
 
     def __init__(
-        self, reader: IndexedReader, documents: range, *, split: str, seq_length: int, seed: int, vocab_size: int,
+        self, reader: IndexedReader, share: Share, *, split: str, seq_length: int, seed: int, vocab_size: int,
         cache_dir: str | Path | None = None,
     ) -> None:  # fmt: skip
-        self._reader, self._documents, self._split, self._seed = reader, documents, split, seed
+        self._reader, self._share, self._split, self._seed = reader, share, split, seed
+        self._documents = share.documents
         self._length, self._vocab_size = seq_length, vocab_size
         self._cache = Path(cache_dir or f"{reader.prefix}.cache")
-        self.n_tokens = reader.start_of(documents.stop) - reader.start_of(documents.start)
+        self.n_tokens = share.end - share.begin
         self.samples_per_epoch = (self.n_tokens - 1) // seq_length
         if self.samples_per_epoch < 1:
             raise DataError(
-                f"{reader.prefix}: the {split} split has {len(documents)} documents with {self.n_tokens} tokens, fewer than one "
-                f"sequence of data.seq_length = {seq_length} and its label. Give it a larger share in data.split, or none (0), "
-                "lower data.seq_length, or use a corpus with more documents"
+                f"{reader.prefix}: the {split} split has {self.n_tokens} tokens of {len(self._documents)} documents, fewer than "
+                f"one sequence of data.seq_length = {seq_length} and its label. Give it a larger share in data.split, or none (0), "
+                "lower data.seq_length, or use a larger corpus"
             )
         self._index = functools.lru_cache(_EPOCHS_KEPT)(self._load_index)
         self._order = functools.lru_cache(_EPOCHS_KEPT)(self._sample_order)
@@ -101,7 +130,7 @@ class PackedDataset:
         first = int(np.searchsorted(starts, start, "right")) - 1
         last = int(np.searchsorted(starts, start + count, "left"))
         places = starts[first : last + 1]
-        shifts = self._reader.starts_of(order[first:last]) - places[:-1]
+        shifts = np.maximum(self._reader.starts_of(order[first:last]), self._share.begin) - places[:-1]
         edges = np.clip(places, start, start + count)
         spans = zip((edges[:-1] + shifts).tolist(), (edges[1:] + shifts).tolist(), strict=True)
         tokens = np.concatenate([self._reader.read(begin, end) for begin, end in spans], dtype=np.int64, casting="same_kind")
@@ -133,6 +162,7 @@ class PackedDataset:
         self._reader.check()
         order = Permutation(len(self._documents), self._seed, self._split, epoch, "documents").array()
         edges = self._reader.starts_of(slice(self._documents.start, self._documents.stop + 1))
+        edges = edges.clip(self._share.begin, self._share.end)
         table = np.zeros((2, len(order) + 1), np.int64)
         np.cumsum(np.diff(edges)[order], out=table[0, 1:])
         table[1, :-1] = order + self._documents.start
@@ -141,7 +171,9 @@ class PackedDataset:
     def _key(self, epoch: int) -> str:
         index = idx_path(self._reader.prefix)
         files = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (index, bin_path(self._reader.prefix))]
-        parts = (_INDEX_VERSION, str(index.resolve()), files, self._documents, self._seed, self._split, epoch)
+        whole = self._share == Share.of(self._reader, self._documents)
+        share = self._documents if whole else self._share
+        parts = (_INDEX_VERSION, str(index.resolve()), files, share, self._seed, self._split, epoch)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
     def _store(self, path: Path, epoch: int) -> None:

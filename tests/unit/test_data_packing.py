@@ -15,7 +15,7 @@ import pytest
 
 from megatron_mamba.data import packing
 from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter, build_once
-from megatron_mamba.data.packing import Dataset, PackedDataset, split_documents
+from megatron_mamba.data.packing import Dataset, PackedDataset, Share, split_documents
 from megatron_mamba.data.permutation import Permutation
 from megatron_mamba.data.synthetic import NOISE, SyntheticDataset
 
@@ -35,7 +35,7 @@ LENGTHS = [5, 1, 0, 17, 9, 0, 0, 2, 40, 3, 3, 8, 1, 6, 0]
 
 def packed(reader: IndexedReader, documents: range | None = None, **changes) -> PackedDataset:
     options = {"split": "train", "seq_length": 7, "seed": 3, "vocab_size": 10**6} | changes
-    return PackedDataset(reader, documents or range(reader.n_documents), **options)
+    return PackedDataset(reader, Share.of(reader, documents or range(reader.n_documents)), **options)
 
 
 def same(a: Dataset, b: Dataset, numbers: list[int]) -> bool:
@@ -221,14 +221,48 @@ def test_split_follows_the_ratios_in_file_order(tmp_path: Path, ratios: tuple[fl
     lengths = np.random.default_rng(0).integers(0, 60, 2000).tolist()
     reader = corpus(tmp_path / "c", lengths)
     splits = split_documents(reader, ratios)
-    assert [d for documents in splits for d in documents] == list(range(2000))
-    edges = np.cumsum([sum(lengths[d] for d in documents) for documents in splits])
+    assert [d for share in splits for d in share.documents] == list(range(2000))
+    edges = np.cumsum([sum(lengths[d] for d in share.documents) for share in splits])
+    assert edges.tolist() == [share.end for share in splits]
     assert np.abs(edges - np.cumsum(ratios) / sum(ratios) * sum(lengths)).max() <= 30  # half the longest document
+
+
+@pytest.mark.parametrize("lengths", [[400], [0, 400, 0], [399, 1], [100, 0, 300], [40, 350, 10], [0, 1, 199, 199, 1]], ids=str)
+@pytest.mark.parametrize("ratios", [(90.0, 8.0, 2.0), (1.0, 1.0, 1.0), (8.0, 0.0, 2.0), (1.0, 0.0, 0.0)])
+def test_no_share_is_empty_where_documents_are_few(tmp_path: Path, lengths: list[int], ratios: tuple[float, float, float]) -> None:
+    """Documents are cut inside, rather: every token is in one share, in file order, and a sample is what lies there."""
+    reader = corpus(tmp_path / "c", lengths)
+    splits = split_documents(reader, ratios, least=4)
+    assert [share.begin for share in splits] == [0, *(share.end for share in splits[:-1])]
+    assert splits[-1].end == 400
+    for share, ratio, split in zip(splits, ratios, ("train", "valid", "test"), strict=True):
+        if ratio == 0.0:
+            assert share.begin == share.end
+            continue
+        assert share.end - share.begin > 0
+        dataset = PackedDataset(reader, share, split=split, seq_length=3, seed=3, vocab_size=10**6)
+        seen = [dataset[i] for i in range(dataset.samples_per_epoch)]
+        inputs = np.concatenate([sample.tokens[:-1] for sample in seen])
+        assert sorted(inputs.tolist()) == sorted({*inputs.tolist()})
+        assert set(inputs.tolist()) <= set(range(share.begin, share.end))
+        assert share.end - share.begin - len(inputs) <= 3
+        for sample in seen:
+            borders = {share.begin, *np.cumsum(lengths).tolist()}
+            steps = np.diff(sample.tokens) != 1
+            assert set(sample.tokens[1:][steps].tolist()) <= borders
+            assert set(sample.tokens[1:][sample.document_start[1:]].tolist()) <= borders
+
+
+def test_documents_stay_whole_where_no_share_is_empty(tmp_path: Path) -> None:
+    """A cut inside is the last resort: what a run has read so far must not change."""
+    reader = corpus(tmp_path / "c", [30, 60, 5, 5])
+    borders = [share.begin for share in split_documents(reader, (90, 5, 5), least=5)]
+    assert borders == [0, 90, 95]
 
 
 def test_too_small_a_split_is_refused(tmp_path: Path) -> None:
     reader = corpus(tmp_path / "c", LENGTHS)
-    with pytest.raises(DataError, match=r"c: the valid split has 2 documents with 2 tokens.* data.seq_length = 7 .*data.split"):
+    with pytest.raises(DataError, match=r"c: the valid split has 2 tokens of 2 documents.* data.seq_length = 7 .*data.split"):
         packed(reader, range(6, 8), split="valid")
 
 
