@@ -35,6 +35,9 @@ AVAILABLE = importlib.util.find_spec("triton") is not None
 KERNELS: dict[str, Callable[..., Any]] = {}
 """What computes each registered operator, by name."""
 
+COMPILED_WITH = {"enable_fp_fusion": True}
+"""Said at each compilation, as Triton's defaults change: from 3.10 on a product and a sum are rounded twice unless asked for."""
+
 Meta = dict[str, int]
 """Compile-time arguments of a kernel: block sizes, num_warps, num_stages."""
 
@@ -170,7 +173,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     key = (first.get_device(), numbers, *meta.values(), *dtypes, *[a and a % 16 for a in addresses])
     found = of_kernel.get(key)
     if found is None:
-        compiled = kernel[grid](*arguments, **meta)
+        compiled = kernel[grid](*arguments, **meta, **COMPILED_WITH)
         if compiled is not None:  # The interpreter compiles nothing.
             constants = [meta[name] for name in kernel.arg_names[len(arguments) :]]
             # What a compiled kernel's own __getitem__ calls; the three are hooks of Triton's profiler and what they are told.

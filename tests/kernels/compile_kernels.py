@@ -87,7 +87,7 @@ def main(architecture: str, modules: list[str]) -> int:
         nonlocal failures
         leading = backend.pointers(kernel)
         assert not any(isinstance(a, torch.Tensor) for a in arguments[leading:]), "tensors come first, and are named _ptr"
-        compiled = kernel.warmup(*arguments, grid=grid, **meta)
+        compiled = kernel.warmup(*arguments, grid=grid, **meta, **backend.COMPILED_WITH)
         key = compiled.hash
         if key in seen:
             return

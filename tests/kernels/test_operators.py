@@ -151,13 +151,14 @@ class FakeKernel:
     """A Triton kernel that compiles at its first launch, which notes what each later one is given."""
 
     def __init__(self, *arg_names):
-        self.arg_names, self.compiled, self.launched = list(arg_names), 0, []
+        self.arg_names, self.compiled, self.launched, self.options = list(arg_names), 0, [], []
 
     def __getitem__(self, grid):
         return self.compile
 
     def compile(self, *arguments, **meta):
         self.compiled += 1
+        self.options.append(meta)
         return SimpleNamespace(run=self.run, function=self.compiled, packed_metadata="metadata")
 
     def run(self, *given):
@@ -184,3 +185,5 @@ def test_a_launch_finds_what_was_compiled(monkeypatch):
     assert kernel.launched[1][-5:] == (address, None, 8, 3, 16)
     assert kernel.launched[3][-5:] == (address, address + 4, 8, 3, 16)
     assert [given[4] for given in kernel.launched] == list(range(1, len(variants) + 1))
+    # Triton's default is to change, and with it every kernel's numbers.
+    assert [options["enable_fp_fusion"] for options in kernel.options] == [True] * len(variants)
