@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_mamba.parallel.collectives import reduce_
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.torch_private import keep_gradients, unit_parameters
 
 
 def shard(
@@ -78,18 +78,7 @@ def keep_deferred(root: nn.Module) -> None:
     gradients are summed, as FSDP itself does at the end of a unit's backward pass only."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            for parameter in unit_parameters(module):
-                parameter.accumulate_unsharded_grad_if_needed()
-                parameter.to_accumulated_grad_if_needed()
-
-
-def unit_parameters(unit: FSDPModule) -> list[Any]:
-    """What FSDP keeps of each parameter of one unit."""
-    state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch 2.11: one or none
-        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-    return [parameter for group in groups for parameter in group.fsdp_params]
+            keep_gradients(unit_parameters(module))
 
 
 def reshard(root: nn.Module) -> None:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from megatron_mamba.parallel import collectives, fsdp
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.torch_private import Stage
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -51,13 +52,6 @@ class MicroBatch(Protocol):
 
 
 Phase = Callable[[str], AbstractContextManager[object]]
-
-
-class _Stage(PipelineStage):
-    """A stage that sends nothing to its own rank: torch 2.11 opens connections to neighbours there too, which gloo cannot."""
-
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class Pipeline:
@@ -163,13 +157,13 @@ class Pipeline:
         given: Any = stages[0] if kind is Schedule1F1B else stages
         return kind(given, count, loss_fn=lambda loss, _: loss, scale_grads=False)
 
-    def _new_stage(self, module: Any, labels_BS: Tensor) -> PipelineStage:
+    def _new_stage(self, module: Any, labels_BS: Tensor) -> Stage:
         """`module` as torch sees it: told what it takes and returns, so that nothing is run to find out."""
         at: Position = module.stage
         stream = torch.empty(self._stream_shape(labels_BS), dtype=self._dtype, device="meta", requires_grad=True)
         wide = torch.promote_types(self._dtype, torch.float32)
         loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
-        return _Stage(
+        return Stage(
             module,
             at.index,
             len(self._ranks),

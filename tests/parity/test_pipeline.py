@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.pipelining import PipelineStage
 
 import harness
@@ -24,7 +25,7 @@ from megatron_mamba.layout import Schedule
 from megatron_mamba.model import LanguageModel
 from megatron_mamba.model.stages import Stage
 from megatron_mamba.optim import global_grad_norm
-from megatron_mamba.parallel import fsdp
+from megatron_mamba.parallel import fsdp, torch_private
 from megatron_mamba.parallel.collectives import reduce_
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.linear import column_parallel, row_parallel
@@ -275,7 +276,7 @@ def test_gradients_of_weights_are_put_off(schedule: str) -> None:
         def gradients(module: Any) -> list[Any]:
             names = ("in_proj_x", "out_proj", "q_proj", "up_proj", "down_proj")
             units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-            kept = [p for unit in units for p in fsdp.unit_parameters(unit) if p._module_info.param_name in names]
+            kept = [p for unit in units for p in torch_private.unit_parameters(unit) if p._module_info.param_name in names]
             assert kept
             return [p._unsharded_param.grad for p in kept]
 
@@ -307,16 +308,18 @@ def test_gradients_of_weights_are_put_off(schedule: str) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_lower_precision_is_summed_in_fp32(mesh: str) -> None:
     """bf16 gradients of micro-batches add up in fp32, whether a pass computes them or they are put off: the sums differ from
-    those without a pipeline by fp32's rounding. With what moves them into fp32 left out they do not."""
+    those without a pipeline by fp32's rounding. With what moves them into fp32 left out they do not, before torch 2.15: there
+    autograd adds in fp32, and nothing is left to move."""
     sizes = MESHES[mesh]
     plain = {name: size for name, size in sizes.items() if name != "pp"}
     cases = {schedule: case_of(schedule, precision="bf16") for schedule in ("1f1b", "zbv")}
     cases["planted"] = cases["zbv"]
+    moved = hasattr(FSDPParam, "accumulate_unsharded_grad_if_needed")
     expected = whole_gradients({"plain": cases["1f1b"]}, plain)["plain"]
     for name, found in whole_gradients(cases, sizes).items():
         assert found.keys() == expected.keys()
         errors = {key: ((found[key] - value).norm() / value.norm()).item() for key, value in expected.items()}
-        assert (max(errors.values()) <= 1e-6) == (name != "planted"), (name, errors)
+        assert (max(errors.values()) <= 1e-6) == (name != "planted" or not moved), (name, errors)
 
 
 def whole_gradients(cases: dict[str, Case], sizes: dict[str, int]) -> dict[str, dict[str, Tensor]]:
