@@ -23,9 +23,9 @@ class Ranks:
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             members = None if process_group is None else dist.get_process_group_ranks(process_group)
-            self.group = dist.new_group(
-                members, timeout=TIMEOUT, backend="gloo", use_local_synchronization=members is not None
-            )
+            group = dist.new_group(members, timeout=TIMEOUT, backend="gloo", use_local_synchronization=members is not None)
+            assert not isinstance(group, int), "torch's answer to a rank that is no member"
+            self.group = group
             self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def reduce(self, value: Any, combine: Callable[[list[Any]], T]) -> T:

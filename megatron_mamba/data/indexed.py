@@ -228,7 +228,7 @@ class IndexedWriter:
         """Append a document: one sequence, or consecutive sequences of the lengths given."""
         ids = np.asarray(tokens)
         lengths = np.asarray([len(ids)] if sequence_lengths is None else sequence_lengths, np.int64)
-        if lengths.sum() != len(ids) or lengths.max(initial=0) >= 2**31:
+        if lengths.sum() != len(ids) or np.max(lengths, initial=0) >= 2**31:
             raise DataError(
                 f"{self.prefix}: a document of {len(ids)} tokens cannot be sequences of {lengths.tolist()[:8]} tokens. "
                 "Each needs a length below 2^31 and their sum must be the document's"

@@ -134,7 +134,7 @@ class PackedDataset:
         edges = np.clip(places, start, start + count)
         spans = zip((edges[:-1] + shifts).tolist(), (edges[1:] + shifts).tolist(), strict=True)
         tokens = np.concatenate([self._reader.read(begin, end) for begin, end in spans], dtype=np.int64, casting="same_kind")
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = int(np.min(tokens)), int(np.max(tokens))
         if low < 0 or high >= self._vocab_size:
             raise DataError(
                 f"{bin_path(self._reader.prefix)}: holds token id {low if low < 0 else high}, but model.vocab_size = "
