@@ -40,10 +40,10 @@ from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
-from megatron_mamba.train.checks import changed_settings, check_batches, check_same_model, mesh_name
+from megatron_mamba.train.checks import changed_settings, check_batches, check_same_model, finished, is_evaluated, mesh_name
 from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
-from megatron_mamba.train.plot import plot_run
+from megatron_mamba.train.plot import draw_run
 from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,10 @@ class Trainer:
         """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
         config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
+        over = self.consumed_samples + self._batch_size() > config.train_samples
+        if over and self.context.any_rank(self.is_main and is_evaluated(self.run_dir, self.step, self.data)):
+            self.metrics.log({"message": finished(config, self.step), "event": "finished", "step": self.step}, kind="event")
+            return
         while self._train_to(end):
             self._rewind()
         self._save()
@@ -164,8 +168,8 @@ class Trainer:
             if not config.eval.interval or self.step % config.eval.interval:
                 self._evaluate("valid", self.data.valid)
             self._evaluate("test", self.data.test)
-        if self.is_main and self.step > 0:
-            plot_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
+        if self.is_main:
+            draw_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
 
     def _train_to(self, end: int) -> bool:
         """Train until `end` samples or a signal; True as soon as the run should go back to its last checkpoint."""
@@ -173,7 +177,8 @@ class Trainer:
         with self._loader(self.data.train, self._index_batches(self.consumed_samples)) as batches:
             while self.consumed_samples + self._batch_size() <= end and not self._stops():
                 record = self._train_step(batches)
-                if self.step % config.logging.interval == 0 or self.trouble.skipped_in_a_row or self.consumed_samples >= end:
+                last = self.told or self.consumed_samples + self._batch_size() > end
+                if self.step % config.logging.interval == 0 or self.trouble.skipped_in_a_row or last:
                     laps = self.timer.lap()
                     self.seconds.update(laps["seconds"])
                     record |= self.throughput.lap(self.consumed_tokens) | laps | memory_gib(self.context.device)

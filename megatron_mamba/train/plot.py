@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mamba.train.metrics import read_records
+
+log = logging.getLogger(__name__)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with any colour vision, and in print."""
@@ -43,6 +46,16 @@ def plot_run(metrics_jsonl: str | Path, out_png: str | Path, title: str = "") ->
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate.set_xlabel("tokens")
     return _save(figure, title or "Training", out_png)
+
+
+def draw_run(metrics_jsonl: str | Path, out_png: str | Path, title: str = "") -> None:
+    """:func:`plot_run` for a run that has ended: whatever comes of the picture, the run ends as it would without."""
+    try:
+        plot_run(metrics_jsonl, out_png, title)
+    except ValueError as error:
+        log.info("no curve is drawn: %s", error)
+    except Exception:  # Of a library that draws, of a full disk: the run is whole, and its exit code says so.
+        log.warning("no curve was drawn", exc_info=True)
 
 
 def plot_comparison(runs: Mapping[str, str | Path], out_png: str | Path, title: str = "") -> Path:

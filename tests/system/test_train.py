@@ -32,7 +32,7 @@ from megatron_mamba.config import (
 from megatron_mamba.data import build_datasets
 from megatron_mamba.model import LanguageModel
 from megatron_mamba.parallel import health
-from megatron_mamba.train import loop
+from megatron_mamba.train import loop, plot
 from megatron_mamba.train.loop import train
 from megatron_mamba.train.metrics import read_records
 from megatron_mamba.train.resilience import TrainingError
@@ -364,3 +364,51 @@ def test_kill_9_while_saving_loses_nothing(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == 0
     assert losses(killed) == losses(whole)
+
+
+@pytest.mark.parametrize("changes", [{"trainer": {"train_samples": 50}}, {"trainer": {"stop_after_samples": 22}}], ids=str)
+def test_the_last_step_is_logged(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the interval of logging, and with train_samples no multiple of the batch."""
+    train(config_for(tmp_path, **changes, logging={"interval": 1000}))
+    last = 12 if "train_samples" in changes["trainer"] else 5
+    assert list(losses(tmp_path)) == [last]
+
+
+@pytest.mark.parametrize("error", [ValueError("no record"), OSError(28, "No space left"), RuntimeError("of matplotlib")], ids=str)
+def test_a_curve_that_cannot_be_drawn_changes_no_exit_code(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(plot, "plot_run", broken)
+    with caplog.at_level("INFO"):
+        assert train(config_for(tmp_path, trainer={"train_samples": 12})) == 0
+    assert "curve" in caplog.text
+    assert read_metadata(tmp_path / "checkpoints/step_00000003")["step"] == 3
+
+
+def test_a_run_told_to_stop_before_its_first_step_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to save and nothing to draw."""
+    monkeypatch.setattr(loop.StopRequest, "received", property(lambda self: signal.SIGTERM))
+    assert train(config_for(tmp_path)) == 0
+    assert losses(tmp_path) == {}
+    assert "stopping at step 0 on SIGTERM" in records(tmp_path, "event")[-1]["message"]
+
+
+def test_a_finished_run_that_is_started_again_says_so(tmp_path: Path) -> None:
+    config = config_for(tmp_path, trainer={"train_samples": 16})
+    assert train(config) == 0
+    before = {kind: records(tmp_path, kind) for kind in ("train", "valid", "test")}
+    assert train(config) == 0
+    assert {kind: records(tmp_path, kind) for kind in before} == before
+    message = records(tmp_path, "event")[-1]["message"]
+    for part in ("finished: step 4 was the last of trainer.train_samples=16", "raise trainer.train_samples", "run.dir"):
+        assert part in message
+    # What was left undone is done: the last evaluation, by a run that was cut off in it.
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if '"test"' not in line))
+    assert train(config) == 0
+    assert records(tmp_path, "test")[0]["loss"] == before["test"][0]["loss"]
+    assert train(config_for(tmp_path, trainer={"train_samples": 24})) == 0
+    assert list(losses(tmp_path))[-1] == 6
