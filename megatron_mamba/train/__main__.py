@@ -68,8 +68,16 @@ def config_groups() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Train what the command line says. Exit codes: 0 done, 2 input that cannot work, 1 training that cannot go on, the last
-    two with one message on stderr."""
+    """Train what the command line says. Exit codes: 0 done, 2 input that cannot work, 1 training that cannot go on, 130
+    interrupted before it began; all but the first with one message on stderr."""
+    try:
+        _main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was trained", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main() -> None:
     arguments, saved = _split_saved(sys.argv[1:])
     flags = [argument for argument in arguments if argument.startswith("-")]
     if _HYDRA_FLAGS.intersection(flags):

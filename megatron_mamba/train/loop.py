@@ -52,13 +52,13 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> int:
     """Run, or resume, the training that `config` describes; returns the process's exit code.
 
-    0: finished, or stopped on request (SIGTERM, SIGUSR1, trainer.stop_after_samples) with a checkpoint. Raises
+    0: finished, or stopped on request (SIGTERM, SIGUSR1, SIGINT, SIGHUP, trainer.stop_after_samples) with a checkpoint. Raises
     ConfigError, DataError or CheckpointError for input that cannot work and :class:`TrainingError` when too many steps
     in a row were not finite or spikes, or a machine computes wrongly.
     """
     context = ParallelContext.create(config.parallel, config.trainer.device, deterministic=config.trainer.deterministic)
-    # From before the model is built until the last save is on the disk: no signal, be it the second, ends a rank in the middle.
-    with StopRequest() as stop, ExitStack() as closing:
+    # From before the model is built until the last save is on the disk: no signal ends a rank in the middle, but a second Ctrl-C.
+    with StopRequest(speaks=context.global_rank == 0) as stop, ExitStack() as closing:
         closing.callback(context.close)
         limits = config.trainer.watchdog_seconds, config.trainer.heartbeat_seconds
         with context.watchdog(*limits, lambda: stop.received is not None) as watchdog:

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
@@ -25,14 +26,19 @@ class TrainingError(RuntimeError):
 
 
 class StopRequest:
-    """Takes note of SIGTERM and SIGUSR1, of which this process would die, while used as a context manager.
+    """Takes note of the signals that ask a process to end, while used as a context manager.
 
-    The handlers that were there before come back at the end.
+    A second Ctrl-C ends it at once; what comes within `IMPATIENT_SECONDS` is the first, of which torchrun sends another. Signals
+    that were ignored stay so: SIGHUP under nohup, SIGINT in the background. The handlers of before come back at the end.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    IMPATIENT_SECONDS = 2.0
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = False) -> None:
+        """`speaks`: answer Ctrl-C on stderr, as the step that must end first may take long."""
+        self._speaks = speaks
+        self._interrupted: float | None = None
         self._received: int | None = None
         self._pipe: tuple[int, int] | None = None
 
@@ -40,7 +46,8 @@ class StopRequest:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        taken = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in taken}
         # Python runs handlers in the main thread alone, and not while that waits in a library, say for a collective without end.
         self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
@@ -66,6 +73,15 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._received = number
+        if number != signal.SIGINT:
+            return
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
+            if self._speaks:
+                os.write(2, b"\nstopping: a checkpoint is written after this step; Ctrl-C again ends at once, without one\n")
+        elif time.monotonic() - self._interrupted > self.IMPATIENT_SECONDS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 class Finding(NamedTuple):

@@ -412,3 +412,71 @@ def test_a_finished_run_that_is_started_again_says_so(tmp_path: Path) -> None:
     assert records(tmp_path, "test")[0]["loss"] == before["test"][0]["loss"]
     assert train(config_for(tmp_path, trainer={"train_samples": 24})) == 0
     assert list(losses(tmp_path))[-1] == 6
+
+
+def run_in_a_process(run_dir: Path) -> ForkProcess:
+    """A run that a terminal has started: Ctrl-C reaches it."""
+
+    def body() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        train(config_for(run_dir, trainer={"train_samples": 4_000_000}, checkpoint={"interval": 10**6}, eval={"interval": 0}))
+
+    process = get_context("fork").Process(target=body)
+    process.start()
+    while process.is_alive() and max(losses(run_dir), default=0) < 2:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save(number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C twice at once, as torchrun sends it, is one."""
+    process = run_in_a_process(tmp_path)
+    for _ in range(2):
+        os.kill(process.pid or 0, number)
+    process.join(60)
+    assert process.exitcode == 0
+    last = max(losses(tmp_path))
+    assert resolve(tmp_path).name == f"step_{last:08d}"
+    assert f"stopping at step {last} on {number.name}" in records(tmp_path, "event")[-1]["message"]
+    printed = capfd.readouterr().err
+    assert ("Ctrl-C again ends at once" in printed) == (number == signal.SIGINT)
+    assert "Traceback" not in printed
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also in a step that takes for ever."""
+    monkeypatch.setattr(loop.StopRequest, "IMPATIENT_SECONDS", 0.2)
+    step = loop.Trainer._train_step
+
+    def slow(self: loop.Trainer, batches: Any) -> dict[str, Any]:
+        until = time.monotonic() + (120.0 if self.step == 2 else 0.0)
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        return step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "_train_step", slow)
+    process = run_in_a_process(tmp_path)
+    os.kill(process.pid or 0, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.is_alive()
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    """Under nohup, and of a process in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert stop.received is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
