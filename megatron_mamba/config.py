@@ -22,7 +22,7 @@ from megatron_mamba.architecture import (  # noqa: F401 (part of this module's i
     ModelConfig,
 )
 from megatron_mamba.layout import ParallelConfig, RecomputeConfig
-from megatron_mamba.schema import ConfigError, from_dict, require, require_positive, to_dict  # noqa: F401
+from megatron_mamba.schema import ConfigError, PathText, from_dict, require, require_positive, to_dict  # noqa: F401
 
 # ----------------------------------------------------------------------------------------------------------- data
 
@@ -32,13 +32,13 @@ class DataConfig:
     """What the model reads. Exactly one of `path` and `blend` for indexed data."""
 
     kind: Literal["indexed", "synthetic"] = "indexed"
-    path: str | None = None
+    path: PathText | None = None
     """Prefix of PREFIX.bin and PREFIX.idx (Megatron-LM's indexed format)."""
-    blend: dict[str, float] | None = None
+    blend: dict[PathText, float] | None = None
     """Prefix -> weight, for several corpora."""
     split: tuple[float, float, float] = (969.0, 30.0, 1.0)
     """Shares of the tokens for train, validation and test, cut in file order: at document borders where all get a sequence."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """SentencePiece .model, or a folder / tokenizer.json of a Hugging Face tokenizer; default: the one recorded with the data."""
     seq_length: int = 4096
     document_reset: bool = False
@@ -46,7 +46,7 @@ class DataConfig:
     mask_document_ends: bool = False
     """Leave out of the loss the prediction of a new document's first token."""
     seed: int = 1234
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where sample indices are cached; default: beside the data."""
     prefetch: int = 2
     """Micro-batches read ahead by the loader's thread."""
@@ -231,7 +231,7 @@ class TrainerConfig:
 class CheckpointConfig:
     """When to save, what to keep, what to start from."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the run's checkpoints; default: run.dir/checkpoints. A run resumes from the latest one in it."""
     interval: int = 1000
     """Steps between checkpoints; one is always written at the end."""
@@ -239,7 +239,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 0
     """The first checkpoint at or after each multiple of so many steps is never deleted; 0 = none."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint (or file of tools/consolidate.py) whose weights a new run starts from, with fresh optimizer and schedule."""
     on_damage: Literal["error", "previous"] = "error"
     """A damaged latest checkpoint stops the run, or falls back to the newest whole one before it."""
@@ -292,7 +292,7 @@ class EvalConfig:
 class RunConfig:
     """Where the run lives, what it is called, and the seed of its weights (data.seed orders the samples)."""
 
-    dir: str = "runs/default"
+    dir: PathText = "runs/default"
     name: str = "default"
     seed: int = 1234
 

@@ -6,9 +6,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+PathText = Annotated[str, "path"]
+"""The path of a file or folder, as a setting: never empty, and with ~ for the home folder."""
 
 
 class ConfigError(ValueError):
@@ -49,7 +53,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
             near = difflib.get_close_matches(str(key), fields, n=1)
             remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(fields)}"
             raise ConfigError(_join(path, key), value, "unknown setting", remedy)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     built = {key: _convert(hints[key], value, _join(path, key)) for key, value in data.items()}
     for name, spec in fields.items():
         if name not in built and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
@@ -63,6 +67,8 @@ def _join(path: str, key: Any) -> str:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _path(_convert(args[0], value, path), path)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -78,7 +84,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if origin is dict:
         require(isinstance(value, dict), path, value, "expected a mapping", f"For example {path}={{a:1,b:2}}")
-        return {str(k): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
+        return {_convert(args[0], str(k), f"{path}[{k}]"): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -86,3 +92,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     exact = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", f"Give a value of type {hint.__name__}")
     return value
+
+
+def _path(text: str, path: str) -> str:
+    """The path that a setting names. What a variable that is not set leaves is no path: it would be the folder one is in."""
+    require(bool(text.strip()), path, text, "is empty", "Give a path, or leave the setting out; a variable may not be set")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(path, text, "names a home folder that is not known", "Write the path in full") from error

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve, tokenizer_path
-from megatron_mamba.config import ConfigError, ParallelConfig, from_dict, require
+from megatron_mamba.config import ConfigError, ParallelConfig, PathText, from_dict, require
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mamba.generate import GenerationSettings, generate
@@ -42,11 +42,11 @@ The text goes to standard output, everything else to standard error."""
 class Arguments(GenerationSettings):
     """What the command line may set."""
 
-    checkpoint: str
+    checkpoint: PathText
     prompt: str | None = None
-    prompts_file: str | None = None
+    prompts_file: PathText | None = None
     batch_size: int = 32
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "fp32", "fp64"] | None = None
 

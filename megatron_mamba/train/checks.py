@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,36 @@ from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_
 from megatron_mamba.data import Datasets
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train.metrics import read_records
+
+
+def check_start(config: Config, context: ParallelContext) -> None:
+    """What must hold before anything is built (a collective)."""
+    check_batches(config, context)
+    check_folders(config, context)
+
+
+def check_folders(config: Config, context: ParallelContext) -> None:
+    """Make the folders that the run writes to (a collective). Raises ConfigError on all ranks if one cannot be written."""
+    for field, folder in (("run.dir", config.run.dir), ("checkpoint.dir", config.checkpoint_dir)):
+        problem = _cannot_write(Path(folder)) if context.global_rank == 0 else ""
+        if problem := context.gather(problem)[0]:
+            raise ConfigError(field, folder, problem, "Choose a folder that can be made and written to")
+
+
+def _cannot_write(folder: Path) -> str:
+    """Why nothing can be written to a folder; "" if it can."""
+    probe = folder / f".{os.getpid()}.writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        return "is a file"
+    except NotADirectoryError:
+        return "lies below a file"
+    except OSError as error:
+        return f"cannot be written: {error.strerror or error}"
+    return ""
 
 
 def check_batches(config: Config, context: ParallelContext) -> None:

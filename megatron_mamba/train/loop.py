@@ -40,7 +40,7 @@ from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
-from megatron_mamba.train.checks import changed_settings, check_batches, check_same_model, finished, is_evaluated, mesh_name
+from megatron_mamba.train.checks import changed_settings, check_same_model, check_start, finished, is_evaluated, mesh_name
 from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import draw_run
@@ -94,7 +94,7 @@ class Trainer:
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
-        check_batches(config, context)
+        check_start(config, context)
         learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)

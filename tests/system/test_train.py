@@ -480,3 +480,17 @@ def test_signals_that_are_ignored_stay_so() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [("file", "is a file"), ("file/below", "lies below a file"), ("/proc/run", "cannot be"), ("x" * 300, "File name too long")],
+)
+@pytest.mark.parametrize("setting", ["run.dir", "checkpoint.dir"])
+def test_folders_that_cannot_be_written(setting: str, folder: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    changes: dict[str, Any] = {"checkpoint": {"dir": str(tmp_path / folder)}}
+    if setting == "run.dir":
+        changes = {"run": {"dir": str(tmp_path / folder)}, "checkpoint": {"dir": str(tmp_path / "elsewhere")}}
+    with pytest.raises(ConfigError, match=rf"{setting} = .*{problem}.*Choose a folder"):
+        train(config_for(tmp_path / "run", **changes))

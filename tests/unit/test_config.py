@@ -299,3 +299,29 @@ def test_bad_saved_config(saved, tmp_path, text, overrides, problem):
 
 def test_config_folder_is_the_repositorys():
     assert CONFIG_DIR.resolve() == ROOT / "configs"
+
+
+MINIMAL = {"model": {"name": "tiny", "pattern": "M", "hidden_size": 64}, "data": {"path": "corpus"}}
+PATHS = ["run.dir", "checkpoint.dir", "checkpoint.init_from", "data.path", "data.tokenizer", "data.cache_dir"]
+
+
+@pytest.mark.parametrize("setting", PATHS)
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_path_is_refused(setting, value):
+    """What `run.dir=$RUNS` is where RUNS is not set; it would be the folder one is in, or the root with what follows it."""
+    group, name = setting.split(".")
+    with pytest.raises(ConfigError, match=rf"{setting} = '{value}': is empty\. Give a path, or leave the setting out; a variable"):
+        from_dict(Config, {**MINIMAL, group: {**MINIMAL.get(group, {}), name: value}})
+
+
+def test_paths_of_the_home_folder(monkeypatch):
+    """The shell leaves `run.dir=~/a` as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"blend": {"~/corpora/a": 1.0, "b~": 2.0}, "tokenizer": "~/tok.model"}
+    config = from_dict(Config, {**MINIMAL, "data": data, "run": {"dir": "~/a", "name": "~"}})
+    assert (config.run.dir, config.run.name, config.checkpoint_dir) == ("/home/me/a", "~", "/home/me/a/checkpoints")
+    assert config.data.blend == {"/home/me/corpora/a": 1.0, "b~": 2.0}
+    assert config.data.tokenizer == "/home/me/tok.model"
+    assert to_dict(config)["run"]["dir"] == "/home/me/a"
+    with pytest.raises(ConfigError, match=r"run\.dir = '~nobody_has_this_name/a': names a home folder that is not known"):
+        from_dict(Config, {**MINIMAL, "run": {"dir": "~nobody_has_this_name/a"}})
