@@ -52,11 +52,6 @@ positive PORT
 positive STUCK_SECONDS
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number"
 
-run_dir=
-for argument in "$@"; do
-  [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
-done
-logs=${LOG_DIR:-${run_dir:+$run_dir/}logs}
 ranks=$NPROC_PER_NODE
 meet=(--rdzv-backend=c10d --rdzv-id="${RUN_ID:-$PORT}")
 if ((NNODES == 1)); then
@@ -67,6 +62,11 @@ else
   [[ -z ${NODE_RANK:-} ]] || meet+=(--rdzv-conf="is_host=$([[ $NODE_RANK == 0 ]] && echo true || echo false)")
 fi
 
+# What the settings make of run.dir, with quotes, ${run.name} and --config; a mistake in them ends all of this here.
+if [[ -z ${LOG_DIR:-} ]]; then
+  LOG_DIR=$("$python" -c 'import sys; from megatron_mamba.train.__main__ import log_folder; log_folder(sys.argv[1:])' "$@") || exit
+fi
+logs=$LOG_DIR
 mkdir -p "$logs"
 # shellcheck source=launch/env.sh
 source "$repository/launch/env.sh"

@@ -46,7 +46,7 @@ def compose_tree(overrides: Sequence[str], saved: str | Path | None = None) -> d
     """As :func:`compose`, but plain data in which no value has been checked yet."""
     groups = config_groups()
     _register_defaults()
-    name = "train" if saved is None else _register_saved(Path(saved))
+    name = "train" if saved is None else _register_saved(Path(saved).expanduser())
     arguments = [_argument(text, groups, saved is not None) for text in overrides]
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -107,6 +107,19 @@ def _main() -> None:
     sys.exit(code)
 
 
+def log_folder(arguments: Sequence[str]) -> None:
+    """Print where launch/torchrun.sh leaves its logs for such a command line: run.dir/logs. Ends with code 2 and one message on
+    stderr for one that cannot work."""
+    rest, saved = _split_saved(list(arguments))
+    if any(argument.startswith("-") for argument in rest):  # To be told so, or to be shown something, by what is started.
+        print("logs")
+        return
+    try:
+        print(Path(compose(rest, saved).run.dir) / "logs")
+    except ConfigError as error:
+        sys.exit(_report(error, 2))
+
+
 def _report(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
@@ -155,9 +168,12 @@ def _defaults(cls: type) -> dict[str, Any]:
 def _register_saved(path: Path) -> str:
     """Make a run's config.yaml a primary config; returns its name."""
     remedy = "Give the config.yaml of a run: --config RUN_DIR/config.yaml"
-    require(path.is_file(), "--config", str(path), "no such file", remedy)
     try:
         saved = OmegaConf.load(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError("--config", str(path), "no such file", remedy) from error
+    except OSError as error:
+        raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})", remedy) from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
     require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)

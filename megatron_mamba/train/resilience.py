@@ -28,8 +28,9 @@ class TrainingError(RuntimeError):
 class StopRequest:
     """Takes note of the signals that ask a process to end, while used as a context manager.
 
-    A second Ctrl-C ends it at once; what comes within `IMPATIENT_SECONDS` is the first, of which torchrun sends another. Signals
-    that were ignored stay so: SIGHUP under nohup, SIGINT in the background. The handlers of before come back at the end.
+    A second Ctrl-C ends it at once; what comes within `IMPATIENT_SECONDS` is the first, of which torchrun sends another. The
+    terminal's signals stay ignored where they were, under nohup and in the background; SIGUSR1 does not, as launch/torchrun.sh
+    ignores it for what is not yet set up. The handlers of before come back at the end.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -46,7 +47,8 @@ class StopRequest:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        taken = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        terminal = (signal.SIGINT, signal.SIGHUP)
+        taken = [n for n in self.SIGNALS if n not in terminal or signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._receive) for number in taken}
         # Python runs handlers in the main thread alone, and not while that waits in a library, say for a collective without end.
         self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)

@@ -467,19 +467,20 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_signals_that_are_ignored_stay_so() -> None:
-    """Under nohup, and of a process in the background."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_terminal_s_signals_that_are_ignored_stay_so() -> None:
+    """Under nohup, and of a process in the background. SIGUSR1, which launch/torchrun.sh ignores before, is taken."""
+    before, unused = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with loop.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
             assert stop.received is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) is signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGUSR1, unused)
 
 
 @pytest.mark.parametrize(

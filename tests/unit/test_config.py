@@ -15,7 +15,7 @@ from megatron_mamba.checkpoint import CheckpointError
 from megatron_mamba.config import Config, ConfigError, TrainerConfig, from_dict, to_dict
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.model.parameters import count
-from megatron_mamba.train.__main__ import CONFIG_DIR, compose, compose_tree, config_groups, main
+from megatron_mamba.train.__main__ import CONFIG_DIR, compose, compose_tree, config_groups, log_folder, main
 from megatron_mamba.train.resilience import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -325,3 +325,39 @@ def test_paths_of_the_home_folder(monkeypatch):
     assert to_dict(config)["run"]["dir"] == "/home/me/a"
     with pytest.raises(ConfigError, match=r"run\.dir = '~nobody_has_this_name/a': names a home folder that is not known"):
         from_dict(Config, {**MINIMAL, "run": {"dir": "~nobody_has_this_name/a"}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["run.dir=runs/a"], "runs/a/logs"),
+        (["run.dir='runs/a b'"], "runs/a b/logs"),
+        (["++run.dir=runs/a"], "runs/a/logs"),
+        (["run.name=big", "run.dir=runs/${run.name}"], "runs/big/logs"),
+        ([], "runs/default/logs"),
+        (["--cfg", "job"], "logs"),
+    ],
+)
+def test_logs_lie_in_the_run_s_folder(arguments, folder, capsys):
+    """However run.dir is written on the command line of launch/torchrun.sh."""
+    log_folder(["model=hybrid_tiny", "data.kind=synthetic", "trainer.train_samples=256", *arguments])
+    assert capsys.readouterr().out == f"{folder}\n"
+
+
+def test_logs_of_a_saved_run(saved, capsys):
+    _, path = saved
+    log_folder(["--config", str(path), "run.name=other"])
+    assert capsys.readouterr().out == "runs/default/logs\n"
+
+
+def test_a_mistake_ends_the_launcher_too(capsys):
+    with pytest.raises(SystemExit) as ended:
+        log_folder(["model=hybrid_tiny", "data.kind=synthetic", "run.dir="])
+    assert ended.value.code == 2
+    assert "run.dir = '': is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("path", "problem"), [("x" * 300, "cannot be read"), (".", "no such file"), ("none.yaml", "no such file")])
+def test_a_saved_config_that_cannot_be_read(path, problem):
+    with pytest.raises(ConfigError, match=rf"--config = .*: {problem}.*RUN_DIR/config\.yaml"):
+        compose([], path)
