@@ -340,7 +340,7 @@ def logged(run_dir: Path) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def no_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_run", lambda *_: None)
+        patch.setattr(loop, "draw_run", lambda *_: None)
         yield
 
 

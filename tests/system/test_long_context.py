@@ -38,7 +38,7 @@ def train(run_dir: Path, length: int, steps: int, *overrides: str) -> list[float
         trainer.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_run", lambda *_: None)
+        patch.setattr(loop, "draw_run", lambda *_: None)
         on_ranks({"cp": config.parallel.cp}, body)
     lines = read_records(run_dir / "metrics.jsonl")
     return [line["loss"] for line in lines if line["kind"] == "train"]
