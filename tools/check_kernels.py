@@ -311,11 +311,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases asked for; 0 if all passed, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operators", nargs="*", choices=[*OPERATORS, []], help="only these", metavar="OPERATOR")
+    parser.add_argument("operators", nargs="*", help=f"only these of {', '.join(OPERATORS)}", metavar="OPERATOR")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="only every K-th case")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (default: one for each core)")
     parser.add_argument("--output", type=Path, help="write every case with its errors to this file, as JSON")
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.operators if name not in OPERATORS]:
+        parser.error(f"no such operator: {', '.join(unknown)}. Choose from {', '.join(OPERATORS)}")
     if options.every < 1 or options.processes < 1:
         parser.error("--every and --processes must be 1 or more")
     if not torch.cuda.is_available():

@@ -178,6 +178,16 @@ def test_a_pick_of_the_grid(tool, part):
     assert not failed, "\n".join(failed)
 
 
+def test_what_the_tool_refuses(tool, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tool.main(["ssd"]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+    for arguments, said in ((["flash"], "no such operator: flash. Choose from ssd, "), (["--every", "0"], "must be 1 or more")):
+        with pytest.raises(SystemExit):
+            tool.main(arguments)
+        assert said in capsys.readouterr().err
+
+
 def test_nothing_is_lost_with_a_process(tool, monkeypatch):
     """One that dies costs the case it was at; one that raises, itself; all others have their outcome."""
     cases = [Case.of("swiglu", torch.float32, T=T, F=8) for T in range(1, 30)]
