@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
-from megatron_mamba.data import Datasets
 from megatron_mamba.parallel.context import ParallelContext
-from megatron_mamba.train.metrics import read_records
 
 
 def check_start(config: Config, context: ParallelContext) -> None:
@@ -81,23 +79,6 @@ def check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
                 f"the checkpoint {path} is of another model, with {old.get(key)!r}",
                 "Give the run another run.dir, or the model it was started with",
             )
-
-
-def is_evaluated(run_dir: Path, step: int, data: Datasets) -> bool:
-    """Whether the run has the losses of its last step on all splits there are: nothing is left to do."""
-    wanted = {name for name, dataset in (("valid", data.valid), ("test", data.test)) if dataset is not None}
-    found = {record["kind"] for record in read_records(run_dir / "metrics.jsonl") if record.get("step") == step}
-    return step > 0 and {*wanted, "train"} <= found
-
-
-def finished(config: Config, step: int) -> str:
-    """What a run says that has nothing left to do."""
-    trainer = config.trainer
-    name = "train_samples" if trainer.train_samples is not None else "train_tokens"
-    return (
-        f"finished: step {step} was the last of trainer.{name}={getattr(trainer, name)}, and it is evaluated. "
-        f"To go on, raise trainer.{name}; for another run, choose another run.dir"
-    )
 
 
 def changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:

@@ -40,7 +40,8 @@ from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
-from megatron_mamba.train.checks import changed_settings, check_same_model, check_start, finished, is_evaluated, mesh_name
+from megatron_mamba.train.checks import changed_settings, check_same_model, check_start, mesh_name
+from megatron_mamba.train.evaluation import finished, is_evaluated, sample_groups
 from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import draw_run
@@ -156,18 +157,19 @@ class Trainer:
         """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
         config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
-        over = self.consumed_samples + self._batch_size() > config.train_samples
-        if over and self.context.any_rank(self.is_main and is_evaluated(self.run_dir, self.step, self.data)):
+        if self.consumed_samples + self._batch_size() > config.train_samples and self._is_evaluated():
             self.metrics.log({"message": finished(config, self.step), "event": "finished", "step": self.step}, kind="event")
             return
+        if config.eval.interval and self.step and self.step % config.eval.interval == 0 and not self._is_evaluated("valid"):
+            self._evaluate("valid", self.data.valid)  # A stop left it undone.
         while self._train_to(end):
             self._rewind()
         self._save()
         self.manager.wait()
-        if self.consumed_samples + self._batch_size() > config.train_samples:
-            if not config.eval.interval or self.step % config.eval.interval:
-                self._evaluate("valid", self.data.valid)
-            self._evaluate("test", self.data.test)
+        if self.consumed_samples + self._batch_size() > config.train_samples and not self.told:
+            for split, dataset in (("valid", self.data.valid), ("test", self.data.test)):
+                if not self._is_evaluated(split):
+                    self._evaluate(split, dataset)
         if self.is_main:
             draw_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
 
@@ -189,6 +191,8 @@ class Trainer:
                     self._give_up(record)
                 if self.trouble.rewinds_now and self.saved_step > 0:
                     return True
+                if self.told:
+                    continue  # To the save: what else is due is done at the next start.
                 if config.eval.interval and self.step % config.eval.interval == 0:
                     self._evaluate("valid", self.data.valid)
                 if self.step % config.trainer.health_interval == 0 and config.trainer.health_check:
@@ -340,13 +344,13 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, split: str, dataset: Dataset | None) -> None:
-        """Log the mean loss over the first eval.samples sequences of a split, the same ones each time."""
+        """Log the mean loss over the first eval.samples sequences of a split, the same ones each time; nothing if told to stop."""
         samples = min(self.config.eval.samples, dataset.samples_per_epoch if dataset is not None else 0)
         if samples == 0:
             return
         assert dataset is not None
-        groups = self._evaluation_groups(samples)
         micro = self.config.trainer.micro_batch_size
+        groups = sample_groups(samples, micro, self.context)
         padded = [group + [0] * (micro - len(group)) for group in groups]
         losses, tokens = (torch.zeros((), dtype=torch.float64, device=self.context.device) for _ in range(2))
         chunk = self.config.trainer.loss_chunk_tokens
@@ -355,19 +359,21 @@ class Trainer:
             for group, batch in zip(groups, batches, strict=True):
                 batch.labels_BS[len(group) :] = IGNORE
                 self._reached(self.step, "evaluate")
+                if self.context.any_rank(self.stop.received is not None):
+                    self.told = True
+                    break
                 losses += self.pipeline.evaluate(batch, chunk_tokens=chunk)
                 tokens += (batch.labels_BS >= 0).sum()
                 bar.update()
             loss, counted = torch.stack([self.pipeline.total(losses), self.context.sum_over_tokens(tokens)]).tolist()
         self.pipeline.reshard()
+        if self.told:
+            return
         record = {"step": self.step, "consumed_samples": self.consumed_samples, "consumed_tokens": self.consumed_tokens}
         self.metrics.log(record | {"loss": loss / max(counted, 1), "tokens": int(counted)}, kind=split)
 
-    def _evaluation_groups(self, samples: int) -> list[list[int]]:
-        """This rank's sample numbers by micro-batch; every rank gets equally many, some of them short or empty."""
-        micro, dp = self.config.trainer.micro_batch_size, self.context.dp_size
-        mine = list(range(self.context.dp_rank, samples, dp))
-        return [mine[i * micro : (i + 1) * micro] for i in range(-(-samples // (micro * dp)))]
+    def _is_evaluated(self, *splits: str) -> bool:
+        return self.context.any_rank(self.is_main and is_evaluated(self.config, self.step, self.data, *splits))
 
     def _loader(self, dataset: Dataset, index_batches: Iterable[Sequence[int]]) -> Loader:
         data = self.config.data
