@@ -27,7 +27,7 @@ from megatron_mamba.train.resilience import TrainingError
 log = logging.getLogger(__name__)
 
 KNOWN_RIGHT = "torch 2.11 with Triton 3.6.0, whose ptxas is 12.8.93, on an H200"
-"""What tools/check_kernels.py has passed with: docs/kernels.md."""
+"""What cases of tools/check_kernels.py have passed with; docs/kernels.md says which."""
 
 REMEMBERED = 2000
 """Cases that the file holds at most; the oldest are dropped."""
