@@ -197,6 +197,8 @@ class TrainerConfig:
         require(self.watchdog_seconds is None or self.watchdog_seconds > 0.0, "trainer.watchdog_seconds", self.watchdog_seconds,
                 "must be positive", "Use null for no watchdog")
         self.check_chunk()
+        require(self.stop_after_samples is None or self.stop_after_samples > 0, "trainer.stop_after_samples",
+                self.stop_after_samples, "must be positive", "Use null to train to the end")
         require((self.train_samples is None) != (self.train_tokens is None), "trainer.train_samples", self.train_samples,
                 "give exactly one of trainer.train_samples and trainer.train_tokens",
                 "For example trainer.train_samples=100000")

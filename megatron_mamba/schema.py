@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -29,11 +30,12 @@ def require(condition: bool, field: str, value: Any, problem: str, remedy: str) 
         raise ConfigError(field, value, problem, remedy)
 
 
-def require_positive(config: Any, prefix: str, *names: str, remedy: str = "Set {field} to 1 or more") -> None:
+def require_positive(config: Any, prefix: str, *names: str, remedy: str = "") -> None:
     """Raise :class:`ConfigError` unless the settings `names` of the group `prefix` are positive."""
     for name in names:
         field, value = f"{prefix}.{name}", getattr(config, name)
-        require(value > 0, field, value, "must be positive", remedy.format(field=field))
+        known = f"Set {field} {'above 0' if isinstance(value, float) else 'to 1 or more'}"
+        require(value > 0, field, value, "must be positive", remedy.format(field=field) or known)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in data.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = [*difflib.get_close_matches(str(key), fields, n=1), *_settings_called(str(key), cls)]
             remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(fields)}"
             raise ConfigError(_join(path, key), value, "unknown setting", remedy)
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -59,6 +61,18 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
         if name not in built and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ConfigError(_join(path, name), None, "is required and was not given", f"Set {_join(path, name)}=...")
     return cls(**built)
+
+
+def _settings_called(name: str, cls: Any, path: str = "") -> list[str]:
+    """Settings of that name in the groups of `cls`, and in theirs."""
+    found = []
+    for key, hint in typing.get_type_hints(cls).items():
+        for group in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(group):
+                names = [field.name for field in dataclasses.fields(group)]
+                found += [_join(_join(path, key), name)] if name in names else []
+                found += _settings_called(name, group, _join(path, key))
+    return found
 
 
 def _join(path: str, key: Any) -> str:
@@ -85,12 +99,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         require(isinstance(value, dict), path, value, "expected a mapping", f"For example {path}={{a:1,b:2}}")
         return {_convert(args[0], str(k), f"{path}[{k}]"): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        require(math.isfinite(value), path, value, "is not a finite number", "Write a number, for example 1.0 or 3e-4")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     exact = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
-    require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", f"Give a value of type {hint.__name__}")
+    remedy = f"Give a value of type {hint.__name__}"
+    if hint is str and isinstance(value, int | float):
+        remedy = f"Quote what reads like {'a truth value' if isinstance(value, bool) else 'a number'}: {path}=\\'{value}\\'"
+    require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", remedy)
     return value
 
 

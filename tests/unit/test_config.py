@@ -361,3 +361,25 @@ def test_a_mistake_ends_the_launcher_too(capsys):
 def test_a_saved_config_that_cannot_be_read(path, problem):
     with pytest.raises(ConfigError, match=rf"--config = .*: {problem}.*RUN_DIR/config\.yaml"):
         compose([], path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lr=0.0"], r"optim\.lr = 0\.0: must be positive\. Set optim\.lr above 0$"),
+        (["trainer.global_batch_size=0"], r"must be positive\. Set trainer\.global_batch_size to 1 or more$"),
+        (["optim.lr=inf"], r"optim\.lr = inf: is not a finite number"),
+        (["data.kind=indexed", "data.blend={a:inf}"], r"data\.blend\[a\] = inf: is not a finite number"),
+        (["trainer.stop_after_samples=-1"], r"trainer\.stop_after_samples = -1: must be positive\. Use null"),
+        (["lr=3e-4"], r"lr = 0\.0003: unknown setting\. Did you mean optim\.lr\?"),
+        (["warmup_samples=5"], r"warmup_samples = 5: unknown setting\. Did you mean optim\.schedule\.warmup_samples\?"),
+        (["optim.warmup_samples=5"], r"optim\.warmup_samples = 5: .*Did you mean optim\.schedule\.warmup_samples\?"),
+        (["run.name=20240101"], r"run\.name = 20240101: expected str, got int\. Quote .* a number: run\.name=\\'20240101\\'$"),
+    ],
+)
+def test_remedies_work(arguments, message):
+    """And what they say to write is taken."""
+    base = ["model=hybrid_tiny", "data.kind=synthetic", "trainer.train_samples=256"]
+    with pytest.raises(ConfigError, match=message):
+        compose([*base, *arguments])
+    assert compose([*base, "run.name='20240101'"]).run.name == "20240101"
