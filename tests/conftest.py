@@ -3,6 +3,7 @@
 ``--slow`` adds what takes long and proves little more: tests marked ``slow``, and more cases of others (fixture ``slow``).
 """
 
+import gc
 import os
 import statistics
 
@@ -14,6 +15,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Asking whether there is a GPU must not initialise CUDA, which forked ranks could not do again.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+# A fork has none of its parent's threads, so to free a process group of the parent's there waits for ever on the group's own.
+# What the parent has left to the garbage collector is therefore never collected in a fork.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # Triton's own functions are made for the interpreter or the compiler when it is first imported, which a model may do.
 if not torch.cuda.is_available():

@@ -1,8 +1,11 @@
 """How runs end: told to stop by a signal, finished, or with folders that cannot be written."""
 
+import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -66,8 +69,34 @@ def test_a_finished_run_that_is_started_again_says_so(tmp_path: Path) -> None:
     assert list(losses(tmp_path))[-1] == 6
 
 
-def run_in_a_process(run_dir: Path) -> ForkProcess:
-    """A run that a terminal has started: Ctrl-C reaches it."""
+def test_a_fork_collects_no_garbage_of_its_parent_s() -> None:
+    """A process group among it would be freed by threads that the fork does not have (tests/conftest.py)."""
+    parent = os.getpid()
+
+    class Left:
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                os._exit(3)
+
+    def body() -> None:
+        gc.collect()
+
+    gc.disable()
+    try:
+        left = Left()
+        left.__dict__["itself"] = left
+        del left
+        process = get_context("fork").Process(target=body)
+        process.start()
+        process.join(60)
+    finally:
+        gc.enable()
+    assert process.exitcode == 0
+
+
+@contextmanager
+def run_in_a_process(run_dir: Path) -> Iterator[ForkProcess]:
+    """A run that a terminal has started, two steps in: Ctrl-C reaches it. It never outlives the test."""
 
     def body() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -76,19 +105,26 @@ def run_in_a_process(run_dir: Path) -> ForkProcess:
 
     process = get_context("fork").Process(target=body)
     process.start()
-    while process.is_alive() and max(losses(run_dir), default=0) < 2:
-        time.sleep(0.01)
-    return process
+    try:
+        until = time.monotonic() + 120
+        while process.is_alive() and max(losses(run_dir), default=0) < 2:
+            assert time.monotonic() < until, "no second step within 120 s"
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_save(number: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C twice at once, as torchrun sends it, is one."""
-    process = run_in_a_process(tmp_path)
-    for _ in range(2):
-        os.kill(process.pid or 0, number)
-    process.join(60)
-    assert process.exitcode == 0
+    with run_in_a_process(tmp_path) as process:
+        for _ in range(2):
+            os.kill(process.pid or 0, number)
+        process.join(60)
+        assert process.exitcode == 0
     last = max(losses(tmp_path))
     assert resolve(tmp_path).name == f"step_{last:08d}"
     assert f"stopping at step {last} on {number.name}" in records(tmp_path, "event")[-1]["message"]
@@ -97,6 +133,7 @@ def test_ctrl_c_and_a_closed_terminal_save(number: signal.Signals, tmp_path: Pat
     assert "Traceback" not in printed
 
 
+@pytest.mark.ranks
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Also in a step that takes for ever."""
     monkeypatch.setattr(loop.StopRequest, "IMPATIENT_SECONDS", 0.2)
@@ -109,13 +146,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return step(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "_train_step", slow)
-    process = run_in_a_process(tmp_path)
-    os.kill(process.pid or 0, signal.SIGINT)
-    time.sleep(0.5)
-    assert process.is_alive()
-    os.kill(process.pid or 0, signal.SIGINT)
-    process.join(10)
-    assert process.exitcode == -signal.SIGINT
+    with run_in_a_process(tmp_path) as process:
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(0.5)
+        assert process.is_alive()
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(10)
+        assert process.exitcode == -signal.SIGINT
     assert "Traceback" not in capfd.readouterr().err
 
 
