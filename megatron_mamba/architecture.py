@@ -40,6 +40,11 @@ class Mamba2Config:
     def n_heads(self) -> int:
         return self.d_inner // self.head_dim
 
+    @property
+    def group_size(self) -> int:
+        """Channels that the gated norm normalises together."""
+        return self.d_inner // self.n_groups
+
     def validate(self) -> None:
         prefix = "model.mamba2"
         require_positive(self, prefix, "d_inner", "head_dim", "state_size", "n_groups", "conv_width")

@@ -40,10 +40,8 @@ def _cases(config: Config, context: ParallelContext, dtype: torch.dtype) -> Iter
     if "mamba2" in model.layers:
         m2 = model.mamba2
         sizes = {"H": local(m2.n_heads), "P": m2.head_dim, "G": local(m2.n_groups), "N": m2.state_size}
-        inner = sizes["H"] * m2.head_dim
-        if m2.conv_width > 1:
-            group = min(m2.d_inner // m2.n_groups, inner)
-            yield Case.of("mamba2_mixer", dtype, B=B, S=S, **sizes, W=m2.conv_width, documents=documents, group_size=group)
+        group = min(m2.group_size, sizes["H"] * m2.head_dim)
+        yield Case.of("mamba2_mixer", dtype, B=B, S=S, **sizes, W=m2.conv_width, documents=documents, group_size=group)
         if context.size("cp") > 1 and sizes["H"] > 1:  # Worked in two parts, whose exchanges overlap.
             halves = sizes | {"H": sizes["H"] // 2, "G": max(sizes["G"] // 2, 1)}
             yield Case.of("ssd", dtype, B=B, S=S, **halves, documents=documents, state=True)

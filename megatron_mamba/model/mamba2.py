@@ -27,7 +27,7 @@ class Mamba2(TableModule):
         super().__init__(parameters.mamba2(config), context, dtype)
         c = config.mamba2
         self.head_dim, self.state_size, self.conv_width, self.eps = c.head_dim, c.state_size, c.conv_width, config.norm_eps
-        self.group_size = c.d_inner // c.n_groups
+        self.group_size = c.group_size
         heads, groups = self.local_units("A_log"), self.local_units("in_proj_B")
         self.inner, self.group_channels = heads * c.head_dim, groups * c.state_size
         self.heads = heads

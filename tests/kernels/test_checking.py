@@ -246,6 +246,16 @@ def test_cases_of_a_model(context):
     assert kernel_cases(exact, context) == []
 
 
+def test_a_model_without_a_convolution(context):
+    """Its mixer is three operators, of which the SSD and the norm are fused."""
+    mamba2 = replace(CONFIG.model.mamba2, conv_width=1)
+    config = replace(CONFIG, model=replace(CONFIG.model, mamba2=mamba2))
+    cases = kernel_cases(config, context)
+    assert cases[0].operator == "mamba2_mixer"
+    assert dict(cases[0].sizes)["W"] == 1
+    assert check(cases[0], context.device).passed
+
+
 class Ranks:
     """A rank's place, for sizes."""
 
