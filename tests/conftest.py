@@ -16,8 +16,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Asking whether there is a GPU must not initialise CUDA, which forked ranks could not do again.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-# A fork has none of its parent's threads, so to free a process group of the parent's there waits for ever on the group's own.
-# What the parent has left to the garbage collector is therefore never collected in a fork.
+# A fork has none of its parent's threads. To free one of the parent's process groups there would wait for the group's threads for
+# ever, so a fork never collects the garbage that its parent left.
 os.register_at_fork(after_in_child=gc.freeze)
 
 # Triton's own functions are made for the interpreter or the compiler when it is first imported, which a model may do.

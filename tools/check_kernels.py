@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mamba_kernels.checking import OPERATORS, Case, check
+from mamba_kernels.checking import OPERATORS, Case, Result, check
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF = DTYPES[:2]
@@ -147,14 +147,13 @@ class Outcome:
     """Of one case: its errors, or why there are none."""
 
     case: Case
-    errors: dict[str, float] = field(default_factory=dict)
-    limit: float = 0.0
+    result: Result = field(default_factory=lambda: Result({}, 0.0))
     seconds: float = 0.0
     failure: str = ""
 
     @property
     def passed(self) -> bool:
-        return not self.failure and all(error <= self.limit for error in self.errors.values())
+        return not self.failure and self.result.passed
 
     @property
     def device_failed(self) -> bool:
@@ -163,8 +162,8 @@ class Outcome:
 
     @property
     def said(self) -> str:
-        bad = [f"{name} {error:.2e}" for name, error in self.errors.items() if not error <= self.limit]
-        return f"{self.case}: {self.failure or ', '.join(bad) + f' (limit {self.limit:.1e})'}"
+        bad = [f"{name} {error:.2e}" for name, error in self.result.wrong.items()]
+        return f"{self.case}: {self.failure or ', '.join(bad) + f' (limit {self.result.limit:.1e})'}"
 
 
 def examine(case: Case, device: str) -> Outcome:
@@ -178,7 +177,7 @@ def examine(case: Case, device: str) -> Outcome:
     except Exception as error:  # Whatever it is, it is the outcome of this case, and the others are still to be run.
         message = str(error).strip().splitlines() or [""]
         return Outcome(case, failure=f"{type(error).__name__}: {message[0]}", seconds=time.perf_counter() - begin)
-    return Outcome(case, dict(result.errors), result.limit, time.perf_counter() - begin)
+    return Outcome(case, result, time.perf_counter() - begin)
 
 
 def _poison(device: str) -> None:
@@ -296,11 +295,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
         of = by[operator, dtype]
         worst: dict[str, float] = {}
         for outcome in of:
-            for name, error in outcome.errors.items():
+            for name, error in outcome.result.errors.items():
                 kind = "outputs" if name.startswith("output") else name.removeprefix("gradient of ")
                 worst[kind] = max(worst.get(kind, 0.0), error)
         shown = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())
-        failed, limit = sum(not outcome.passed for outcome in of), max(outcome.limit for outcome in of)
+        failed, limit = sum(not outcome.passed for outcome in of), max(outcome.result.limit for outcome in of)
         seconds = sum(outcome.seconds for outcome in of)
         lines.append(
             f"| {operator} | {str(dtype).removeprefix('torch.')} | {len(of)} | {failed} | {limit:.1e} | {shown} | {seconds:.0f} |"
@@ -341,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(outcomes)} of {len(cases)} cases in {time.monotonic() - begin:.0f} s; failed: {said}")
     if options.output is not None:
         rows = [
-            {"case": str(o.case), "passed": o.passed, "errors": o.errors, "limit": o.limit, "failure": o.failure} for o in outcomes
+            {"case": str(o.case), "passed": o.passed, **o.result._asdict(), "failure": o.failure} for o in outcomes
         ]
         options.output.write_text(json.dumps({"on": toolchain(), "cases": rows}, indent=1))
     return int(bool(failed) or len(outcomes) < len(cases))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import mamba_kernels
 from mamba_kernels import backend
 from mamba_kernels.checking import Case, check
 from megatron_mamba.config import Config
+from megatron_mamba.data.indexed import atomic_write
 from megatron_mamba.model.kernel_cases import kernel_cases
 from megatron_mamba.parallel.context import ParallelContext, cache_folder
 from megatron_mamba.train.resilience import TrainingError
@@ -61,7 +61,7 @@ def check_kernels(config: Config, context: ParallelContext) -> Checked | None:
         if result.passed:
             memory.add(case)
         else:
-            bad = [f"{name} is off by {error:.2g}" for name, error in result.errors.items() if not error <= result.limit]
+            bad = [f"{name} is off by {error:.2g}" for name, error in result.wrong.items()]
             wrong.append(f"{case}: {', '.join(bad)} (rounding explains {result.limit:.2g})")
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -119,15 +119,14 @@ class Memory:
         self.new[self._key(case)] = f"{case}, {self.made_by}"
 
     def write(self) -> None:
-        """Add the new cases to the file, by rename. A folder that cannot be written costs the next start a check, and no more."""
+        """Add the new cases to the file, at once. A folder that cannot be written costs the next start a check, and no more."""
         if not self.new:
             return
         kept = dict(list((self._read() | self.new).items())[-REMEMBERED:])
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(kept, indent=0), encoding="utf-8")
-            temporary.replace(self.path)
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(kept, indent=0).encode())
         except OSError as error:
             log.warning("kernels that were checked will be checked again at the next start: %s", error)
 

@@ -60,12 +60,13 @@ class Result(NamedTuple):
     limit: float
 
     @property
-    def worst(self) -> tuple[str, float]:
-        return max(self.errors.items(), key=lambda item: item[1], default=("", 0.0))
+    def wrong(self) -> dict[str, float]:
+        """The errors above the limit."""
+        return {name: error for name, error in self.errors.items() if not error <= self.limit}
 
     @property
     def passed(self) -> bool:
-        return self.worst[1] <= self.limit
+        return not self.wrong
 
 
 def check(case: Case, device: torch.device | str, seed: int = 0) -> Result:
