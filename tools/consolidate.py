@@ -10,6 +10,7 @@ import torch
 
 from megatron_mamba.checkpoint import CheckpointError, resolve
 from megatron_mamba.checkpoint.consolidated import consolidate
+from megatron_mamba.data.indexed import DataError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,5 +29,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")

@@ -11,8 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megatron_mamba.checkpoint.loading import shared_damage
+from megatron_mamba.checkpoint.reading import Reader, read_index
 from megatron_mamba.checkpoint.sharded import CheckpointManager
-from megatron_mamba.checkpoint.storage import CheckpointError, Reader, read_index
+from megatron_mamba.checkpoint.storage import CheckpointError
 from megatron_mamba.config import Config, ModelConfig, to_dict
 
 
@@ -41,7 +42,7 @@ def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
 def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> Path:
     """A checkpoint of step 0 with these weights in fp32: to generate from, or for ``checkpoint.init_from`` of a run.
 
-    Returns its path. Raises :class:`CheckpointError` if it cannot be written.
+    `tokenizer`: a file or folder inside `directory`. Returns its path. Raises :class:`CheckpointError` if it cannot be written.
     """
     metadata = {
         "step": 0,
@@ -50,7 +51,7 @@ def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tup
         "skipped_steps": 0,
         "skipped_in_a_row": 0,
         "config": to_dict(Config(model=config)),
-        "tokenizer": str(tokenizer.resolve()) if tokenizer else None,
+        "tokenizer": str(tokenizer.relative_to(directory)) if tokenizer else None,
     }
     manager = CheckpointManager(directory, keep_last=1, keep_every=0, async_save=False, on_damage="error")
     manager.save(0, {"model": {name: tensor.float() for name, tensor in tensors}}, metadata)

@@ -17,17 +17,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_mamba.checkpoint.ranks import Ranks
+from megatron_mamba.checkpoint.reading import Reader, read_index
 from megatron_mamba.checkpoint.storage import (
     METADATA,
+    UNREADABLE,
     CheckpointError,
     FileRecord,
-    Reader,
     find_damage,
+    group_of,
     rank_file,
-    read_index,
     read_manifest,
     read_safetensors_header,
 )
+from megatron_mamba.files import plain_name
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -88,7 +90,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         kept = read_safetensors_header(path)[1]
         if "config" not in kept:
             raise CheckpointError(f"file {path} holds no configuration. Give a file that tools/consolidate.py wrote")
-        return {key: json.loads(value) for key, value in kept.items() if key != "format"}
+        try:
+            return {key: json.loads(value) for key, value in kept.items() if key != "format"}
+        except UNREADABLE as error:
+            problem = f"file {path}: its metadata is not JSON ({error})"
+            raise CheckpointError(f"{problem}. Write it again with tools/consolidate.py") from error
     try:
         damage = find_damage(path, {METADATA: read_manifest(path)["files"][METADATA]})
     except CheckpointError as error:
@@ -102,12 +108,22 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Path | None:
     """The tokenizer saved with checkpoint `path` (recorded relative to the folder of checkpoints), or None.
 
-    Raises :class:`CheckpointError` if the record names a file that is not there.
+    Raises :class:`CheckpointError` if the record names a file that is not there, or not below that folder.
     """
     saved = metadata.get("tokenizer")
     if saved is None:
         return None
-    found = Path(path).absolute().parent / saved
+    folder = Path(path).absolute().parent
+    try:
+        parts = [plain_name(part, "tokenizer") for part in saved.split("/")]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} names the tokenizer {saved!r}, which does not lie below {folder}. "
+            "Name the tokenizer yourself (tokenizer=PATH, --tokenizer PATH)"
+        ) from error
+    found = folder.joinpath(*parts)
+    if found.is_symlink() and not found.is_dir():
+        raise CheckpointError(f"checkpoint {path}: its tokenizer {found} is a link. Put the file itself there")
     if not found.exists():
         raise CheckpointError(f"checkpoint {path} was saved with the tokenizer {found}, which is not there any more. Put it back")
     return found
@@ -171,21 +187,27 @@ def shared_damage(
     files: dict[str, FileRecord] = {}
     damage = []
     try:
-        if path.is_file():
-            read_safetensors_header(path)
-        else:
+        if not path.is_file():
             files = read_manifest(path)["files"]
     except CheckpointError as error:
         damage.append(str(error))
     if groups is not None:
-        is_other = {name: name.endswith(".safetensors") and name.rpartition("_")[0] not in groups for name in files}
-        files = {name: files[name] for name in files if not is_other[name]}
+        files = {name: record for name, record in files.items() if group_of(name) in {None, *groups}}
     if ranks is None:
-        return damage + find_damage(path, files, contents=contents)
+        return damage + find_damage(path, files, contents=contents) or _index_damage(path)
     largest_first = sorted(files, key=lambda name: -files[name].size)
     mine = {name: files[name] for name in largest_first[ranks.rank :: ranks.size]}
     damage += find_damage(path, mine, contents=contents)
-    return ranks.reduce(damage, lambda found: sorted({line for lines in found for line in lines}))
+    return ranks.reduce(damage, lambda found: sorted({line for lines in found for line in lines}) or _index_damage(path))
+
+
+def _index_damage(path: Path) -> list[str]:
+    """What the index of an otherwise whole checkpoint gets wrong."""
+    try:
+        read_index(path)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -250,9 +272,10 @@ def _some(names: set[str]) -> str:
 
 
 def _read_rank_state(path: Path, ranks: Ranks) -> dict[str, Any]:
-    world_size, file = read_manifest(path)["world_size"], path / rank_file(ranks.rank)
-    if world_size == ranks.size and file.exists():
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    manifest, file = read_manifest(path), rank_file(ranks.rank)
+    world_size = manifest.get("world_size")
+    if world_size == ranks.size and file in manifest["files"]:
+        state: dict[str, Any] = torch.load(path / file, map_location="cpu", weights_only=True)
         return state
     if ranks.rank == 0:
         reason = f"{world_size} ranks saved it, {ranks.size} load it" if world_size != ranks.size else "none was saved"

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and the storage layer under torch.distributed.checkpoint that writes and reads them.
+"""The files of a checkpoint, and the storage layer under torch.distributed.checkpoint that writes them (reading.py: that reads).
 
 A checkpoint is a folder ``step_00000100`` with
 
@@ -6,7 +6,8 @@ A checkpoint is a folder ``step_00000100`` with
 - ``rank_RRRRR.pt``: state that belongs to one rank (random generators);
 - ``index.json``: global shape and dtype of each tensor, and where its chunks lie;
 - ``metadata.json``: what the trainer wants to know again (config, step, consumed samples);
-- ``manifest.json``: size and xxh3_128 of every file above. It is written last; a folder without it is not a checkpoint.
+- ``manifest.json``: size and xxh3_128 of every file above. It is written last; a folder without it is not a checkpoint, and
+  a file that it does not list, or that is a link, is not read.
 
 torch.distributed.checkpoint plans who writes and who reads what. Its own file format is not used because it pickles the
 index, reads a whole chunk where a few rows are needed, and hashes nothing.
@@ -18,9 +19,9 @@ import dataclasses
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,9 +35,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
+
+from megatron_mamba.checkpoint.coverage import are_sizes
+from megatron_mamba.files import plain_name
 
 MANIFEST, INDEX, METADATA = "manifest.json", "index.json", "metadata.json"
 FORMAT = 1
@@ -50,6 +54,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What comes of reading JSON that is something else than was written."""
 
 
 class CheckpointError(RuntimeError):
@@ -81,6 +88,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def rank_file(rank: int) -> str:
     """Name of the file with the state that belongs to one rank."""
     return f"rank_{rank:05d}.pt"
+
+
+def group_of(file: str) -> str | None:
+    """The group whose tensors a file of this name holds; None for one that holds no tensors."""
+    return file.rpartition("_")[0] if file.endswith(".safetensors") else None
 
 
 def sync_folder(folder: Path) -> None:
@@ -164,7 +176,8 @@ def write_safetensors(
 def read_safetensors_header(path: Path) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
     """The tensors of a safetensors file with where in it they start, by name, and its metadata.
 
-    Raises :class:`CheckpointError` for a file that is none, or that is shorter or longer than it says.
+    Raises :class:`CheckpointError` for a file that is none, that is shorter or longer than it says, or in which tensors do not
+    follow each other without a gap.
     """
     try:
         with open(path, "rb") as file:
@@ -172,17 +185,21 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, tuple[Entry, int]], d
             size = path.stat().st_size
             header = json.loads(file.read(min(length, size)))
         metadata = header.pop("__metadata__", {})
-        tensors = {
-            name: (Entry(name, DTYPES[entry["dtype"]], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
+        tensors, end = {}, 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if not are_sizes(entry["shape"]) or not are_sizes(entry["data_offsets"]):
+                raise ValueError(f"tensor {name}: shape {entry['shape']}, data_offsets {entry['data_offsets']}")
+            tensors[name] = Entry(name, DTYPES[entry["dtype"]], tuple(entry["shape"])), end
+            expected = [end - 8 - length, (end := end + tensors[name][0].nbytes) - 8 - length]
+            if list(entry["data_offsets"]) != expected:
+                found = entry["data_offsets"]
+                raise CheckpointError(f"file {path}, tensor {name}: expected data_offsets {expected}, found {found}")
     except OSError as error:
         raise CheckpointError(f"file {path} cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"file {path} is not a safetensors file: {error!r}") from error
-    expected = max((start + entry.nbytes for entry, start in tensors.values()), default=8 + length)
-    if size != expected:
-        raise CheckpointError(f"file {path}: expected {expected} bytes, found {size}")
+    if size != end:
+        raise CheckpointError(f"file {path}: expected {end} bytes, found {size}")
     return tensors, metadata
 
 
@@ -196,8 +213,10 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, FileRec
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, ``files`` as :class:`FileRecord`. Raises :class:`CheckpointError` if it is missing or damaged."""
+    """The manifest, ``files`` as :class:`FileRecord`. Raises :class:`CheckpointError` if it is missing or damaged, or lists what is
+    no plain name of a file, or lists no index or metadata."""
     try:
+        _require_regular(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
         expected = manifest.pop("checksum")
         found = _checksum(manifest)
@@ -205,14 +224,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"file {MANIFEST}: expected xxh3_128 {expected}, found {found}")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"file {MANIFEST}: expected format {FORMAT}, found {manifest['format']}")
-        manifest["files"] = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        files = manifest["files"]
+        manifest["files"] = {plain_name(name, "files"): FileRecord(**record) for name, record in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"file {MANIFEST} is missing") from None
     except OSError as error:
         raise CheckpointError(f"file {MANIFEST} cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"file {MANIFEST} is not a manifest: {error!r}") from error
+    if missing := [name for name in (INDEX, METADATA) if name not in files]:
+        raise CheckpointError(f"file {MANIFEST} does not list {' and '.join(missing)}")
     return manifest
+
+
+def _require_regular(path: Path) -> int:
+    """Size of a file that lies in its folder itself. Raises OSError for a link, a pipe or a device: it may lead anywhere."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is a link or something else that is no file. Put the file itself there")
+    return found.st_size
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -228,7 +258,7 @@ def find_damage(folder: Path, files: dict[str, FileRecord], *, contents: bool = 
 
 def _file_damage(path: Path, record: FileRecord, contents: bool) -> str | None:
     try:
-        size = path.stat().st_size
+        size = _require_regular(path)
         if size != record.size:
             return f"file {path.name}: expected {record.size} bytes, found {size}"
         if not contents:
@@ -359,9 +389,6 @@ def _key(item: WriteItem) -> str:
     return f"{name or group}[{','.join(bounds)}]"
 
 
-# -------------------------------------------------------------------------------------------------------- reading
-
-
 def _index(metadata: Metadata, places: dict[MetadataIndex, Location]) -> bytes:
     tensors: dict[str, Any] = {}
     for name, entry in metadata.state_dict_metadata.items():
@@ -372,90 +399,3 @@ def _index(metadata: Metadata, places: dict[MetadataIndex, Location]) -> bytes:
                 chunks.append([list(chunk.offsets), list(chunk.sizes), place.file, place.start])
         tensors[name] = {"dtype": DTYPE_NAMES[entry.properties.dtype], "shape": list(entry.size), "chunks": chunks}
     return json.dumps(tensors, separators=(",", ":")).encode()
-
-
-def read_index(path: Path) -> Metadata:
-    """The tensors of a checkpoint (a folder, or a single file of a model) as torch.distributed.checkpoint sees them;
-    ``storage_data`` says where chunks lie."""
-    if path.is_file():
-        whole = [(f"model.{name}", *found) for name, found in read_safetensors_header(path)[0].items()]
-        listed = [(name, e.dtype, e.shape, [([0] * len(e.shape), e.shape, path.name, start)]) for name, e, start in whole]
-    else:
-        raw = json.loads((path / INDEX).read_bytes())
-        listed = [(name, DTYPES[e["dtype"]], e["shape"], e["chunks"]) for name, e in raw.items()]
-    tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, Location] = {}
-    for name, dtype, shape, chunks in listed:
-        pieces = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes, _, _ in chunks]
-        places |= {MetadataIndex(name, offsets): Location(file, start) for offsets, _, file, start in chunks}
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), pieces)
-    return Metadata(tensors, storage_data=places)
-
-
-class Reader(StorageReader):
-    """Reads of a checkpoint only the rows that a rank needs, straight into its tensors."""
-
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        """`path`: a checkpoint's folder, or the single file; `metadata`: its :func:`read_index`."""
-        self.folder, self.metadata = path.parent if path.is_file() else path, metadata
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget: a reader serves one load."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: the index was read before the load began."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with ExitStack() as stack, ThreadPoolExecutor(IO_THREADS) as pool:
-            files = {}
-            for name in {self.metadata.storage_data[item.storage_index].file for item in plan.items}:
-                files[name] = stack.enter_context(open(self.folder / name, "rb", buffering=0)).fileno()
-            list(pool.map(lambda item: self._read(item, planner, files), plan.items))
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    @torch.no_grad()  # a thread's own setting: the caller's does not reach the pool
-    def _read(self, item: ReadItem, planner: LoadPlanner, files: dict[str, int]) -> None:
-        entry = self.metadata.state_dict_metadata[item.storage_index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        place: Location = self.metadata.storage_data[item.storage_index]
-        chunk = next(chunk for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
-        target = planner.resolve_tensor(item)
-        if target.dim() == 0:
-            target, sizes, offsets, lengths = target.view(1), [1], [0], [1]
-        else:
-            sizes, offsets, lengths = list(chunk.sizes), list(item.storage_offsets), list(item.lengths)
-        dtype, row_items = entry.properties.dtype, math.prod(sizes[1:])
-        rows_at_once = max(1, min(BLOCK_BYTES // (row_items * dtype.itemsize), lengths[0]))
-        buffer = torch.empty([rows_at_once, *sizes[1:]], dtype=dtype)
-        for row in range(0, lengths[0], rows_at_once):
-            rows = min(rows_at_once, lengths[0] - row)
-            block = buffer[:rows]
-            start = place.start + (offsets[0] + row) * row_items * dtype.itemsize
-            _read_exactly(files[place.file], tensor_bytes(block), start, self.folder / place.file)
-            for dim in range(1, len(sizes)):
-                block = block.narrow(dim, offsets[dim], lengths[dim])
-            target[row : row + rows].copy_(block)
-
-
-def _read_exactly(descriptor: int, buffer: memoryview, start: int, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], start + done)
-        if count == 0:
-            raise CheckpointError(f"file {path} ends at byte {start + done}: {len(buffer) - done} more were expected")
-        done += count

@@ -99,8 +99,7 @@ def test_imported_folder_brings_its_tokenizer(checkpoint: tuple[Path, dict[str, 
     assert export_hf.main(["--checkpoint", str(checkpoint[0]), "--output", str(tmp_path / "hf")]) == 0
     Tokenizer(models.BPE({"a": 0, "b": 1, "<eos>": 2}, [])).save(str(tmp_path / "hf/tokenizer.json"))
     assert import_hf.main(["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "back")]) == 0
-    recorded = Path(read_metadata(tmp_path / "back/step_00000000")["tokenizer"])
-    assert recorded == (tmp_path / "back/tokenizer").resolve()
+    assert read_metadata(tmp_path / "back/step_00000000")["tokenizer"] == "tokenizer"
     assert export_hf.main(["--checkpoint", str(tmp_path / "back"), "--output", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 2
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()

@@ -217,12 +217,13 @@ def test_one_file_has_the_global_tensors(dtype: str | None, saved: Callable[[str
         metadata = content.metadata()
     assert from_dict(Config, json.loads(metadata["config"])).model == MODEL
     assert metadata["step"] == "1"
-    assert [path.name for path in file.parent.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in file.parent.iterdir()} == {"model.safetensors", "model.tokenizer"}
     # The file is a checkpoint of the model, without an optimizer.
     target = {"model": {name: torch.zeros_like(value) for name, value in found.items()}}
     kept = load(resolve(file), target)
     assert kept["step"] == 1
-    assert tokenizer_path(file, kept) == saved("tp2 dp3").parent / "tokenizer.model"
+    assert tokenizer_path(file, kept) == file.parent / "model.tokenizer"
+    assert (file.parent / "model.tokenizer/tokenizer.model").exists()
     assert all(torch.equal(target["model"][name], value) for name, value in found.items())
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a checkpoint of another model; missing in it: optimizer\.x"):
         load(file, target | {"optimizer": {"x": torch.zeros(1)}})
