@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 
-from megatron_mamba.data.indexed import DataError
+from megatron_mamba.data.indexed import DataError, atomic_write
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<EOD>")
 _BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -146,7 +145,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save_tokenizer(path: str | Path, folder: str | Path) -> Path:
-    """Copy the tokenizer at `path` into `folder` (a checkpoint, for instance); returns the copy, for :func:`load_tokenizer`."""
+    """Copy the tokenizer at `path` into `folder` (a checkpoint, for instance); returns the copy, for :func:`load_tokenizer`.
+
+    Raises :class:`DataError` if it cannot be written; a copy that is there stays.
+    """
     source, folder = find_tokenizer(path), Path(folder)
     target = folder / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model")
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,12 @@ def save_tokenizer(path: str | Path, folder: str | Path) -> Path:
     if source.suffix == ".json" and config.is_file():
         copies[config] = folder / config.name
     for original, copy in copies.items():
-        if not (copy.exists() and copy.samefile(original)):
-            shutil.copyfile(original, copy)
+        content = original.read_bytes()
+        if copy.exists() and copy.read_bytes() == content:
+            continue
+        try:
+            with atomic_write(copy) as file:
+                file.write(content)
+        except OSError as error:
+            raise DataError(f"{copy} cannot be written: {error.strerror or error}. Free space, or choose another folder") from error
     return target

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -101,6 +103,21 @@ def test_files_are_found_told_apart_and_copied(model: Path, tmp_path: Path) -> N
     pytest.importorskip("tokenizers")
     with pytest.raises(DataError, match=r"broken\.json: not a Hugging Face tokenizer"):
         load_tokenizer(tmp_path / "broken.json")
+
+
+def test_a_full_disk_costs_no_copy_that_is_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    copy = save_tokenizer(model, tmp_path)
+    before = copy.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    assert save_tokenizer(model, tmp_path) == copy, "the same is not written again"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.model").write_bytes(before + b"x")
+    with pytest.raises(DataError, match=r"tokenizer\.model cannot be written: No space left on device. Free space"):
+        save_tokenizer(tmp_path / "other", tmp_path)
+    assert copy.read_bytes() == before
 
 
 def test_model_without_end_token_is_refused_for_corpora(model: Path, tmp_path: Path) -> None:
