@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -93,13 +94,14 @@ class Progress:
             self.message(" · ".join(filter(None, (f"{self.description}{share}", self.pace(), self.detail()))))
 
     def message(self, text: str) -> None:
-        """Print a line (above the live bar, if there is one)."""
+        """Print a line (above the live bar, if there is one). Where a log's disk is full it is lost, and work goes on."""
         if not self.shown:
             return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self.stream, flush=True)
+            with suppress(OSError):
+                print(text, file=self.stream, flush=True)
 
     def pace(self) -> str:
         """Units done, the rate over the last updates and the time left, in one line."""

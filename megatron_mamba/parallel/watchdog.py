@@ -261,7 +261,8 @@ class Watchdog:
             self._asked = math.inf
 
     def _say(self, text: str) -> None:
-        print(f"watchdog: {text}", file=sys.__stderr__, flush=True)
+        with suppress(OSError):  # The disk of the log may be full.
+            print(f"watchdog: {text}", file=sys.__stderr__, flush=True)
 
 
 def own_store(environment: Mapping[str, str], device: torch.device) -> dist.Store | None:
@@ -294,7 +295,8 @@ def record(error: BaseException) -> None:
         try:
             raise error
         except BaseException as raised:  # What it writes is the exception that is handled.
-            get_error_handler().record_exception(raised)
+            with suppress(OSError):  # As above: what failed first is to be shown.
+                get_error_handler().record_exception(raised)
         time.sleep(1.0)
 
 
@@ -302,11 +304,13 @@ def crash(error: BaseException) -> NoReturn:
     """End this process for an exception that nothing expected: among ranks without cleaning up, which might wait for others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise error
-    traceback.print_exception(error)
+    with suppress(OSError):
+        traceback.print_exception(error)
     if not is_consequence(error):  # Torchrun would print them all.
         record(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(1)
 
 

@@ -12,6 +12,7 @@ import difflib
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: nothing was trained", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _let_go_of_full_logs()
 
 
 def _main() -> None:
@@ -120,8 +123,18 @@ def log_folder(arguments: Sequence[str]) -> None:
         sys.exit(_report(error, 2))
 
 
+def _let_go_of_full_logs() -> None:
+    """Keep the exit code what it is: Python makes it 120 where the last words find no room on the disk of a log."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, None)
+
+
 def _report(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    with suppress(OSError):  # The disk of the log may be full; the exit code says it too.
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 

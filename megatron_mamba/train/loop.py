@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from mamba_kernels import backend
@@ -41,6 +40,7 @@ from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
 from megatron_mamba.train.checks import changed_settings, check_same_model, check_start, mesh_name
+from megatron_mamba.train.diary import write_config
 from megatron_mamba.train.evaluation import finished, is_evaluated, sample_groups
 from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
@@ -140,9 +140,8 @@ class Trainer:
         self._start_or_resume()
         self.looked_step = self.step  # Examined above.
         if self.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        self.metrics = MetricLogger(config, self.run_dir, self.is_main, consumed_samples=self.consumed_samples)
+            write_config(config, self.run_dir)
+        self.metrics = MetricLogger(config, self.run_dir, self.is_main, self.consumed_samples, self.step)
         self._reached = watchdog.reached if watchdog is not None else lambda step, phase: None
         self.timer = PhaseTimer(context.device, lambda phase: self._reached(self.step, phase))
         self.seconds = Counter[str]()
@@ -221,7 +220,7 @@ class Trainer:
         self.trouble.restore(self.trouble.state() | counted)
         self.passed_over = reached - self.consumed_samples
         self.looked_step = min(self.looked_step, self.step)
-        self.metrics.rewind(self.consumed_samples)
+        self.metrics.rewind(self.consumed_samples, self.step)
         self.throughput.lap(self.consumed_tokens)
         message = (
             f"back from step {step} to {self.origin}: step {step} was a spike. The run goes on with sample {reached:,}; "

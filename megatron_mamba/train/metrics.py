@@ -7,32 +7,28 @@ A record is a flat or one-level-nested mapping of numbers. The field's names: ``
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import resource
-import secrets
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
-from megatron_mamba.config import Config, to_dict
+from megatron_mamba.config import Config
 from megatron_mamba.progress import Progress, human
+from megatron_mamba.train.diary import JsonlSink, Sink, TensorBoardSink, WandbSink, parsed
 
 PEAK_TFLOPS = (
     ("A100", 312.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0),
     ("B200", 2250.0), ("GB200", 2500.0),
 )  # fmt: skip
 """Dense bf16 peaks (TFLOP/s) from NVIDIA's data sheets, by words of the device's name; the first match counts."""
-
-WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 15.0, 60.0
-"""How long W&B may hold up the start and the end of a run whose network or login does not work."""
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -127,41 +123,39 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- where it goes
 
 
-class Sink(Protocol):
-    """Takes records of plain numbers and strings; `kind` is "train", "valid", "test" or "event"."""
-
-    def write(self, record: Mapping[str, Any], kind: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class MetricLogger:
     """Sends records to run_dir/metrics.jsonl (always), the console, TensorBoard and W&B, as ``config.logging`` says.
 
-    On ranks other than 0 (`is_main` false) every method does nothing. A run that resumes after `consumed_samples` keeps
-    the records up to there and drops later ones, so the file has one line per step. TensorBoard and W&B never stop a run:
-    one that fails is reported once and left out from then on.
+    On ranks other than 0 (`is_main` false) every method does nothing. A run that resumes after `consumed_samples`, at `step`,
+    keeps the records up to there and drops later ones, so the file has one line per step. No sink ever stops a run: what the
+    file cannot take waits in memory, and a dashboard that fails is reported once and left out from then on.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, is_main: bool, consumed_samples: int = 0) -> None:
+    def __init__(self, config: Config, run_dir: str | Path, is_main: bool, consumed_samples: int = 0, step: int = 0) -> None:
         self._seq_length, self._main = config.data.seq_length, is_main
         self._sinks: dict[str, Sink] = {}
         self._failures: list[str] = []
         self._latest: dict[str, Any] = {}
         if is_main:
-            run_dir = Path(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._path = run_dir / "metrics.jsonl"
-            self._jsonl = JsonlSink(self._path, consumed_samples)
+            folder = Path(run_dir)
+            self._jsonl = JsonlSink(folder / "metrics.jsonl", consumed_samples)
+            dashboards: dict[str, Callable[[], Sink]] = {}
             if config.logging.tensorboard:
-                self._open("TensorBoard", lambda: TensorBoardSink(run_dir, self._jsonl.last_step + 1))
+                dashboards["TensorBoard"] = lambda: TensorBoardSink(folder, step)
             if config.logging.wandb.mode != "disabled":
-                self._open("W&B", lambda: WandbSink(config, run_dir))
+                dashboards["W&B"] = lambda: WandbSink(config, folder, went_back=self._jsonl.went_back)
+            for name, make in dashboards.items():
+                with self._guard(name):
+                    if self._jsonl.fails:
+                        raise OSError(f"{folder} cannot be written")
+                    self._sinks[name] = make()
         # The live bar comes last: W&B may ask for a login on the same terminal.
         self._bar = Progress(
             config.train_samples, "train", "samples", completed=consumed_samples, interval=math.inf,
             shown=is_main and config.logging.console,
         )  # fmt: skip
+        if is_main and self._jsonl.odd:
+            self.log({"message": self._jsonl.odd}, kind="event")
         self._report_failures()
 
     def log(self, record: Mapping[str, Any], kind: str = "train") -> None:
@@ -193,12 +187,14 @@ class MetricLogger:
         self._latest |= record
         self._bar.update(record["consumed_samples"] - self._bar.completed, **describe(self._latest))
 
-    def rewind(self, consumed_samples: int) -> None:
-        """Go on from the records up to `consumed_samples`, as a run that resumes there; TensorBoard and W&B keep the others."""
+    def rewind(self, consumed_samples: int, step: int) -> None:
+        """Go on from the records up to `consumed_samples` and `step`, as a run that resumes there."""
         self._bar.skip(consumed_samples - self._bar.completed)
         if self._main:
-            self._jsonl.close()
-            self._jsonl = JsonlSink(self._path, consumed_samples)
+            self._jsonl.rewind(consumed_samples)
+            for name, sink in list(self._sinks.items()):
+                with self._guard(name):
+                    sink.rewind(step)
 
     def progress(self, total: int, description: str, unit: str = "") -> Progress:
         """Progress of a step inside the run (validation, say), drawn below the run's own bar."""
@@ -214,10 +210,6 @@ class MetricLogger:
         self._bar.close()
         if self._main:
             self._jsonl.close()
-
-    def _open(self, name: str, make: Callable[[], Sink]) -> None:
-        with self._guard(name):
-            self._sinks[name] = make()
 
     @contextlib.contextmanager
     def _guard(self, name: str) -> Iterator[None]:
@@ -240,76 +232,14 @@ class MetricLogger:
         self.close()
 
 
-class JsonlSink:
-    """One JSON object a line, flushed line by line. Infinite and undefined numbers are written as null."""
-
-    def __init__(self, path: Path, consumed_samples: int) -> None:
-        self.last_step = _drop_records_after(path, consumed_samples) if path.exists() else -1
-        self._file = path.open("a", buffering=1, encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any], kind: str) -> None:
-        line = {"kind": kind, **_finite(record)}
-        self._file.write(json.dumps(line, allow_nan=False, default=str) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class TensorBoardSink:
-    """Event files in run_dir/tensorboard; records from `purge_step` on of an interrupted run are hidden."""
-
-    def __init__(self, run_dir: Path, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-    def write(self, record: Mapping[str, Any], kind: str) -> None:
-        for name, value in _flat(record).items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(f"{kind}/{name}", value, record.get("step"))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """A Weights & Biases run in run_dir/wandb; a resumed run goes on under the id kept in run_dir/wandb_run_id."""
-
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        import wandb
-
-        kept = run_dir / "wandb_run_id"
-        run_id = kept.read_text().strip() if kept.exists() else secrets.token_hex(4)
-        kept.write_text(run_id + "\n")
-        settings = wandb.Settings(
-            silent=True, console="off", init_timeout=WANDB_START_SECONDS,
-            finish_timeout=WANDB_FINISH_SECONDS, finish_timeout_raises=True,
-        )  # fmt: skip
-        options = config.logging.wandb
-        if options.mode == "online" and not wandb.login(timeout=int(WANDB_START_SECONDS), verify=False):
-            raise RuntimeError("nobody logged in; run `wandb login`, or set logging.wandb.mode=offline")
-        self._run = wandb.init(
-            id=run_id, resume="allow", mode=options.mode, project=options.project, entity=options.entity,
-            name=config.run.name, dir=str(run_dir), config=to_dict(config), settings=settings,
-        )  # fmt: skip
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, record: Mapping[str, Any], kind: str) -> None:
-        values = {name if name == "step" else f"{kind}/{name}": value for name, value in _flat(record).items()}
-        self._run.log(values)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without one that is not yet written to its end; none where there is no such file."""
+    """The records of a metrics.jsonl, without lines that are none or not yet whole; none where there is no such file."""
     file = Path(path)
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [record for line in lines if (record := parsed(line)) is not None]
 
 
 def describe(record: Mapping[str, Any]) -> dict[str, str]:
@@ -338,36 +268,7 @@ def message_of(record: Mapping[str, Any], kind: str) -> str:
     return " · ".join([kind, *(f"{name} {value}" for name, value in describe(record).items())])
 
 
-def _drop_records_after(path: Path, consumed_samples: int) -> int:
-    """Cut the file before the first record beyond `consumed_samples` (or torn line); returns the last step kept, or -1."""
-    keep, last_step = 0, -1
-    with path.open("rb+") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or record.get("consumed_samples", 0) > consumed_samples:
-                break
-            keep, last_step = keep + len(line), max(last_step, record.get("step", -1))
-        file.truncate(keep)
-    return last_step
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return value.item() if hasattr(value, "item") else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -54,7 +54,9 @@ def draw_run(metrics_jsonl: str | Path, out_png: str | Path, title: str = "") ->
         plot_run(metrics_jsonl, out_png, title)
     except ValueError as error:
         log.info("no curve is drawn: %s", error)
-    except Exception:  # Of a library that draws, of a full disk: the run is whole, and its exit code says so.
+    except OSError as error:
+        log.warning("no curve is drawn: %s cannot be written (%s)", out_png, error.strerror or error)
+    except Exception:  # Of a library that draws: the run is whole, and its exit code says so.
         log.warning("no curve was drawn", exc_info=True)
 
 
@@ -87,7 +89,7 @@ def read_curves(metrics_jsonl: str | Path) -> tuple[list[dict[str, Any]], list[d
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     Path(metrics_jsonl).stat()  # Raises FileNotFoundError, where read_records finds no records.
     for record in read_records(metrics_jsonl):
-        if record["kind"] in kinds and isinstance(record.get("loss"), int | float):
+        if record["kind"] in kinds and "consumed_tokens" in record and isinstance(record.get("loss"), int | float):
             kinds[record["kind"]].append(record)
     if not kinds["train"]:
         raise ValueError(f"{metrics_jsonl} holds no training record with a finite loss; train for at least one log interval")

@@ -80,7 +80,8 @@ class StopRequest:
         if self._interrupted is None:
             self._interrupted = time.monotonic()
             if self._speaks:
-                os.write(2, b"\nstopping: a checkpoint is written after this step; Ctrl-C again ends at once, without one\n")
+                with suppress(OSError):  # A closed terminal, a log on a full disk.
+                    os.write(2, b"\nstopping: a checkpoint is written after this step; Ctrl-C again ends at once, without one\n")
         elif time.monotonic() - self._interrupted > self.IMPATIENT_SECONDS:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,8 +1,12 @@
 """How runs end: told to stop by a signal, finished, or with folders that cannot be written."""
 
+import errno
 import gc
+import io
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +19,9 @@ import pytest
 from test_train import config_for, losses, records
 
 from megatron_mamba.checkpoint import read_metadata, resolve
-from megatron_mamba.config import ConfigError
+from megatron_mamba.config import ConfigError, WandbConfig
 from megatron_mamba.parallel.pipeline import Pipeline
-from megatron_mamba.train import loop, plot
+from megatron_mamba.train import diary, loop, plot
 from megatron_mamba.train.loop import train
 
 
@@ -41,6 +45,36 @@ def test_a_curve_that_cannot_be_drawn_changes_no_exit_code(
         assert train(config_for(tmp_path, trainer={"train_samples": 12})) == 0
     assert "curve" in caplog.text
     assert read_metadata(tmp_path / "checkpoints/step_00000003")["step"] == 3
+
+
+def test_a_full_disk_below_run_dir_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Metrics, dashboards, configuration, curve and what is printed have no room; the checkpoints have."""
+
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("FileIO", "atomic_write"):
+        monkeypatch.setattr(diary, name, full)
+    monkeypatch.setattr(plot, "plot_run", full)
+    log = io.StringIO()
+    monkeypatch.setattr(log, "write", full)
+    monkeypatch.setattr(sys, "stderr", log)
+    logging = {"console": True, "tensorboard": True, "wandb": WandbConfig(mode="offline")}
+    assert train(config_for(tmp_path / "run", logging=logging, checkpoint={"dir": str(tmp_path / "kept")})) == 0
+    assert read_metadata(tmp_path / "kept/step_00000012")["step"] == 12
+    for file in ("config.yaml", "metrics.jsonl"):
+        assert f"{tmp_path / 'run' / file} cannot be written (No space left on device)" in caplog.text
+    assert not (tmp_path / "run/tensorboard").exists()
+    assert not (tmp_path / "run/wandb").exists()
+
+
+def test_an_exit_code_outlives_a_full_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # What is buffered is what Python ends with 120 for.
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "megatron_mamba.train", "--nonsense"]
+        assert subprocess.run(command, stdout=full, stderr=full, check=False).returncode == 2
 
 
 def test_a_run_told_to_stop_before_its_first_step_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Where metrics go, what they say, and that losing a sink never costs a run."""
 
+import errno
 import io
 import itertools
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from megatron_mamba.config import Config, DataConfig, LoggingConfig, ModelConfig, TrainerConfig, WandbConfig
+from megatron_mamba.config import Config, DataConfig, LoggingConfig, ModelConfig, TrainerConfig, WandbConfig, to_dict
 from megatron_mamba.progress import Progress, clock, human, progress
-from megatron_mamba.train import metrics
-from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib, peak_tflops
+from megatron_mamba.train import diary, metrics
+from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib, peak_tflops, read_records
 from megatron_mamba.train.plot import plot_comparison, plot_run, read_curves, smoothed
 
 CONFIG = Config(
@@ -51,28 +54,128 @@ def test_records_are_written_at_once_with_what_follows_from_them(tmp_path: Path)
     assert event == {"kind": "event", "message": "stopping", "path": str(tmp_path)}
 
 
-def test_resume_drops_what_lies_beyond_it_and_a_torn_line(tmp_path: Path) -> None:
+def test_resume_drops_what_lies_beyond_it_and_keeps_all_else(tmp_path: Path) -> None:
     with MetricLogger(CONFIG, tmp_path, is_main=True) as log:
+        log.log({"message": "at the start"}, kind="event")
         for step in (1, 2, 3):
             log.log(record(step))
             log.log(record(step), kind="valid")
         log.log({"message": "killed here"}, kind="event")
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
-    with MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=20) as log:
+    with MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=20, step=2) as log:
         log.log(record(3, loss=7.0))
-    found = [(r["kind"], r["step"], r["loss"]) for r in lines(tmp_path)]
+    found = [(r["kind"], r.get("step"), r.get("loss")) for r in lines(tmp_path)]
     both = [(kind, step, 5.0 - step) for step in (1, 2) for kind in ("train", "valid")]
-    assert found == [*both, ("train", 3, 7.0)]
+    assert found == [("event", None, None), *both, ("train", 3, 7.0)]
 
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 4, "consumed_samples": 40}')  # complete, but for its end of line
-    with MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=40) as log:
-        log.log(record(4))
-    assert [r["step"] for r in lines(tmp_path)] == [1, 1, 2, 2, 3, 4]
+    with MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=40, step=4) as log:
+        log.log(record(5))
+    assert [r.get("step") for r in lines(tmp_path)] == [None, 1, 1, 2, 2, 3, 4, 5]
     with MetricLogger(CONFIG, tmp_path, is_main=True):
         pass
-    assert lines(tmp_path) == []
+    assert [r["kind"] for r in lines(tmp_path)] == ["event"]
+
+
+ODD = {
+    "torn": '{"kind": "train", "st', "blank": "  ", "a list": "[1]", "a number": "7", "no kind": '{"step": 1}', "text": "# note",
+    "a step in words": '{"kind": "train", "step": "two", "consumed_samples": 20}', "no text": "\udcff\udcfe",
+    "samples in words": '{"kind": "train", "step": 2, "consumed_samples": null}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", [0, 2, 5])
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_line_costs_no_other_and_is_kept(tmp_path: Path, kind: str, where: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricLogger(CONFIG, tmp_path, is_main=True) as log:
+        for step in range(1, 6):
+            log.log(record(step))
+    file, odd = tmp_path / "metrics.jsonl", ODD[kind].encode(errors="surrogateescape")
+    whole = file.read_bytes().splitlines()
+    end = b"" if where == 5 else b"\n"
+    file.write_bytes(b"\n".join([*whole[:where], odd, *whole[where:]]) + end)
+    assert [r["step"] for r in read_records(file)] == [1, 2, 3, 4, 5]
+    for _ in range(2):  # Said once, moved once.
+        with MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=40, step=4) as log:
+            log.log(record(5))
+    *kept, last = [r for r in lines(tmp_path) if r["kind"] == "train"]
+    assert [r["step"] for r in [*kept, last]] == [1, 2, 3, 4, 5]
+    messages = [r["message"] for r in lines(tmp_path) if r["kind"] == "event"]
+    aside = tmp_path / "metrics.jsonl.odd"
+    if kind == "blank":
+        assert messages == []
+        assert not aside.exists()
+    else:
+        assert aside.read_bytes() == odd + b"\n"
+        told = f"{file}: line {where + 1} is no record and was moved to {aside}; the other lines stay"
+        assert messages == [told]
+        assert told in capsys.readouterr().err
+
+
+def full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class FullDisk(io.FileIO):
+    """A file of a disk that has room for so many bytes more."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if not FullDisk.room:
+            full()
+        written = super().write(bytes(data[: FullDisk.room]))
+        FullDisk.room -= written
+        return written
+
+
+def test_a_full_disk_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(diary, "FileIO", FullDisk)
+    monkeypatch.setattr(FullDisk, "room", 10**6)
+    with MetricLogger(CONFIG, tmp_path, is_main=True) as log:
+        log.log(record(1))
+        FullDisk.room = 50  # Not enough for one.
+        for step in (2, 3, 4):
+            log.log(record(step))
+        assert [r["step"] for r in lines(tmp_path)] == [1], "no torn line"
+        (said,) = caplog.messages
+        assert said.startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (No space left on device): training goes on")
+        log.rewind(20, 2)
+        FullDisk.room = 10**6
+        log.log(record(3, loss=1.0))
+    assert [(r["step"], r["loss"]) for r in lines(tmp_path)] == [(1, 4.0), (2, 3.0), (3, 1.0)]
+    assert caplog.messages[1:] == [f"{tmp_path / 'metrics.jsonl'} can be written again"]
+
+
+def test_a_disk_that_is_full_at_the_start_drops_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricLogger(CONFIG, tmp_path, is_main=True) as log:
+        for step in (1, 2, 3):
+            log.log(record(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("torn")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        log = MetricLogger(CONFIG, tmp_path, is_main=True, consumed_samples=20, step=2)
+        log.log(record(3, loss=0.5))
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    log.close()
+    assert [(r["step"], r["loss"]) for r in lines(tmp_path)] == [(1, 4.0), (2, 3.0), (3, 0.5)]
+    assert (tmp_path / "metrics.jsonl.odd").read_text() == "torn\n"
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diary.write_config(CONFIG, tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load(before) == to_dict(CONFIG)
+    monkeypatch.setattr(os, "fsync", full)
+    diary.write_config(replace(CONFIG, logging=LoggingConfig(interval=3)), tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path / 'config.yaml'} cannot be written (No space left on device)")
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,12 +196,15 @@ class Broken:
     def write(self, record: Any, kind: str) -> None:
         raise OSError("no space\nleft")
 
+    def rewind(self, step: int) -> None:
+        raise AssertionError("a dropped sink is not used again")
+
     def close(self) -> None:
         raise AssertionError("a dropped sink is not used again")
 
 
 def test_failing_sinks_are_reported_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, went_back: bool) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(metrics, "TensorBoardSink", lambda *arguments: Broken())
@@ -115,39 +221,61 @@ def test_failing_sinks_are_reported_once_and_dropped(tmp_path: Path, monkeypatch
     assert [r["step"] for r in lines(tmp_path) if r["kind"] == "train"] == [1, 2]
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rewind(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown() -> EventAccumulator:
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        return events
 
     config = replace(CONFIG, logging=replace(CONFIG.logging, tensorboard=True))
     with MetricLogger(config, tmp_path, is_main=True) as log:
         for step in (1, 2, 3):
             log.log(record(step, seconds={"data": 0.5}))
+    (tmp_path / "metrics.jsonl").write_text("")  # TensorBoard's curve does not hang on it.
     time.sleep(1.1)  # event files are ordered by the second of their creation
-    with MetricLogger(config, tmp_path, is_main=True, consumed_samples=20) as log:
+    with MetricLogger(config, tmp_path, is_main=True, consumed_samples=20, step=2) as log:
         log.log(record(3, loss=0.25))
         log.log(record(3, loss=9.0), kind="valid")
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 0.25)]
+        log.log(record(4, loss=99.0))
+        log.rewind(30, 3)
+        rewound = [(e.step, e.value) for e in shown().Scalars("train/loss")]
+        log.log(record(5, loss=0.125))
+    events = shown()
+    assert rewound == [(1, 4.0), (2, 3.0), (3, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [*rewound, (5, 0.125)]
     assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [(3, 9.0)]
     assert [e.step for e in events.Scalars("train/seconds/data")] == [1, 2]
 
 
 def test_wandb_offline_run_is_continued_under_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
+    rows, write = list[dict[str, Any]](), wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values: (rows.append(values), write(self, values)))
     config = replace(CONFIG, logging=replace(CONFIG.logging, wandb=WandbConfig(mode="offline")))
-    for consumed in (0, 10):
-        with MetricLogger(config, tmp_path, is_main=True, consumed_samples=consumed) as log:
-            log.log(record(consumed // 10 + 1))
-    assert [r["kind"] for r in lines(tmp_path)] == ["train", "train"], "no event: nothing failed"
+    with MetricLogger(config, tmp_path, is_main=True) as log:
+        for step in (1, 2, 3):
+            log.log(record(step))
+        log.rewind(20, 2)  # for a spike
+        log.log(record(3, loss=0.25))
+    with MetricLogger(config, tmp_path, is_main=True, consumed_samples=30, step=3) as log:
+        log.log(record(4))
+    with MetricLogger(config, tmp_path, is_main=True, consumed_samples=20, step=2) as log:
+        log.log(record(3, loss=0.125))
+    assert [r["kind"] for r in lines(tmp_path)] == ["train"] * 3, "no event: nothing failed"
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert folders
-    assert all(folder.name.endswith(run_id) for folder in folders)
+    assert all(run_id in folder.name for folder in folders)
+    # Nothing that was logged is taken back, or left out: of rows with the same step, the one with the most rewinds counts.
+    found = [(row["step"], row["rewinds"], row["train/loss"]) for row in rows]
+    assert found == [(1, 0, 4.0), (2, 0, 3.0), (3, 0, 2.0), (3, 1, 0.25), (4, 1, 1.0), (3, 2, 0.125)]
     data = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
-    assert b"train/loss" in data
-    assert b"consumed_samples" in data
+    assert all(name in data for name in (b"train/loss", b"consumed_samples", b"rewinds"))
 
 
 # ------------------------------------------------------------------------------------------------------ what is measured
