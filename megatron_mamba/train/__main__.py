@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ from megatron_mamba.config import Config, ConfigError, from_dict, require, to_di
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 """Hydra's folder of groups and options (a link to the repository's configs/, or package data in an installed wheel)."""
+
+_PLAIN_INTERPOLATION = re.compile(r"\$\{\s*(required\s*:|[^:{}$]*\})")
+"""Begins what a saved configuration may interpolate: the value of another setting, or what must be given."""
 
 _HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 """Flags with which Hydra prints something and starts nothing."""
@@ -190,8 +194,25 @@ def _register_saved(path: Path) -> str:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
     require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)
+    for key in ("defaults", "hydra"):  # They would read other files, which nobody looks through.
+        require(key not in saved, "--config", str(path), f"has the key {key}, which belongs to Hydra", f"Take it out. {remedy}")
+    _refuse_resolvers(OmegaConf.to_container(saved, resolve=False), "", path)
     ConfigStore.instance().store(name="saved", node=saved)
     return "saved"
+
+
+def _refuse_resolvers(tree: Any, key: str, path: Path) -> None:
+    """Raise ConfigError where a file that may be a stranger's asks for more than its own values: ``${oc.env:TOKEN}`` would write
+    the environment into checkpoints. The command line may, and ``${run.name}`` and ``${required:WHAT}`` stay."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            _refuse_resolvers(value, f"{key}.{name}".lstrip("."), path)
+    elif isinstance(tree, list):
+        for value in tree:
+            _refuse_resolvers(value, key, path)
+    elif isinstance(tree, str):
+        plain = _PLAIN_INTERPOLATION.sub("", tree)
+        require("${" not in plain, key, tree, f"{path} may refer to its own values only", f"Give it on the command line: {key}=...")
 
 
 def _argument(text: str, groups: dict[str, list[str]], saved: bool) -> str:

@@ -285,6 +285,8 @@ def test_saved_config_of_an_older_version_gets_new_settings_by_default(saved):
         ("keep", ["model=mamba_tiny"], "chooses an option of a group"),
         ("keep", ["optim.lrr=1"], "unknown setting. Did you mean optim.lr?"),
         ("model: {name: a, pattern: M, hidden_size: 8, colour: 3}", [], "model.colour = 3: unknown setting"),
+        ("model: {name: a}\ndefaults: [{optim: wsd}]", [], "has the key defaults, which belongs to Hydra. Take it out"),
+        ("model: {name: a}\nhydra: {searchpath: ['file:///x']}", [], "has the key hydra, which belongs to Hydra. Take it out"),
     ],
 )
 def test_bad_saved_config(saved, tmp_path, text, overrides, problem):
@@ -295,6 +297,36 @@ def test_bad_saved_config(saved, tmp_path, text, overrides, problem):
         path.write_text(text)
     with pytest.raises(ConfigError, match=problem.replace("?", r"\?")):
         compose(overrides, path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:USER}", "a-${oc.env:USER,x}", "${ oc.env : USER }", "${run.name}${oc.env:USER}", "${required:'${oc.env:USER}'}",
+     "${${run.dir}:USER}", "${oc.decode:x}", "${model.${run.name}}"],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["name", "blend"])
+def test_a_saved_config_resolves_nothing_but_its_own_values(saved, where, value, monkeypatch):
+    """It may be a stranger's, and what it reads of the environment would lie in every checkpoint."""
+    monkeypatch.setenv("USER", "secret")
+    path, tree = saved[1], yaml.safe_load(saved[1].read_text())
+    key = "run.name" if where == "name" else "data.split"
+    tree |= {"run": {**tree["run"], "name": value}} if where == "name" else {"data": {**tree["data"], "split": [0.9, value, 0.1]}}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=rf"{key} = .*: {path} may refer to its own values only. Give it on the .*: {key}="):
+        compose([], path)
+
+
+def test_what_a_saved_config_may_refer_to(saved, monkeypatch):
+    monkeypatch.setenv("USER", "me")
+    path, tree = saved[1], yaml.safe_load(saved[1].read_text())
+    tree["run"] |= {"name": "big: {a}", "dir": "runs/${run.name}-${ model.name }"}
+    path.write_text(yaml.safe_dump(tree))
+    assert compose(["run.name=x-${oc.env:USER}"], path).run.dir == f"runs/x-me-{tree['model']['name']}"
+    assert compose([], path).run.name == "big: {a}"
+    tree["checkpoint"] |= {"init_from": "${required:'the checkpoint to begin from'}"}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="is required and was not given: the checkpoint to begin from"):
+        compose([], path)
 
 
 def test_config_folder_is_the_repositorys():
