@@ -217,10 +217,7 @@ class CheckpointManager:
                     log.warning("brought back %s, which an interrupted save had moved away", original)
             for path in self.directory.glob(f"{TEMPORARY}*"):
                 log.warning("removing %s, left by an interrupted save", path)
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                _delete(path)
         finally:
             self._lock.release()
 
@@ -230,7 +227,17 @@ def _remove(path: Path) -> None:
     trash = path.parent / f"{TEMPORARY}{path.name.removeprefix(REPLACED)}-{secrets.token_hex(4)}"
     os.rename(path, trash)
     sync_folder(path.parent)
-    shutil.rmtree(trash)
+    _delete(trash)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder; of a link the link, and what it leads to stays."""
+    if path.is_symlink():
+        log.warning("%s was a link: what it leads to, %s, stays", path, path.resolve())
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class _Lock:

@@ -45,6 +45,7 @@ from megatron_mamba.checkpoint import (
     rng_state,
     set_rng_state,
     storage,
+    verify,
 )
 
 pytestmark = MARKS
@@ -223,6 +224,24 @@ def test_retention(tmp_path: Path) -> None:
 def test_retention_of_saves_that_were_put_off(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20, 31, 40, 50, 72, 80, 95, 100, keep_last=1, keep_every=30)
     assert names(tmp_path) == ["step_00000031", "step_00000072", "step_00000095", "step_00000100"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It can be resumed from, and goes as others do, as far as the link: what it leads to is the user's."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    save_steps(run, 1)
+    (run / "step_00000001").rename(moved)
+    (run / "step_00000001").symlink_to(moved)
+    assert manager(run).latest() == run / "step_00000001"
+    save_steps(run, 2, keep_last=1)
+    assert names(run) == ["step_00000002"]
+    assert f"what it leads to, {moved}, stays" in caplog.text
+    verify(moved)
+    # One that an older version had left half-way.
+    (run / ".tmp-step_00000001-0").symlink_to(moved)
+    assert manager(run).latest() == run / "step_00000002"
+    assert names(run) == ["step_00000002"]
+    verify(moved)
 
 
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
