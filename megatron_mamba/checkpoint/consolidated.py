@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
+from megatron_mamba.checkpoint.hf_source import checkpoint_tensors, no_parameter
 from megatron_mamba.checkpoint.loading import read_metadata, tokenizer_path
 from megatron_mamba.checkpoint.reading import read_index
 from megatron_mamba.checkpoint.storage import CheckpointError, Entry, sync_folder, write_safetensors
@@ -38,7 +38,9 @@ def consolidate(checkpoint: Path, output: Path, dtype: torch.dtype | None = None
     get, saved = checkpoint_tensors(checkpoint), read_index(checkpoint).state_dict_metadata
     entries = []
     for name, row in table.items():
-        own = cast(TensorStorageMetadata, saved[f"model.{name}"]).properties.dtype
+        if (found := saved.get(f"model.{name}")) is None:
+            raise no_parameter(checkpoint, name)
+        own = cast(TensorStorageMetadata, found).properties.dtype
         entries.append(Entry(name, own if dtype is None else torch.float32 if row.fp32 else dtype, row.shape))
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
     partial = output.with_name(f".{output.name}.partial")

@@ -30,13 +30,18 @@ def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
     def get(name: str) -> Tensor:
         entry: Any = index.state_dict_metadata.get(f"model.{name}")
         if entry is None:
-            raise CheckpointError(f"checkpoint {path} has no parameter {name}: it is of another model than its configuration says")
+            raise no_parameter(path, name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp.load({f"model.{name}": tensor}, storage_reader=Reader(path, index), planner=planner, no_dist=True)
         return tensor
 
     return get
+
+
+def no_parameter(path: Path, name: str) -> CheckpointError:
+    """The error of a checkpoint that does not hold one of its configuration's parameters."""
+    return CheckpointError(f"checkpoint {path} has no parameter {name}: it is of another model than its configuration says")
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> Path:

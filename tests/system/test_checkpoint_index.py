@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron_mamba.checkpoint import CheckpointError, CheckpointManager, load, read_metadata, storage, tokenizer_path, verify
+from megatron_mamba.checkpoint.consolidated import consolidate
 from megatron_mamba.checkpoint.coverage import check_cover
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
+from megatron_mamba.config import Config, ModelConfig, to_dict
 from megatron_mamba.files import plain_name
 
 JsonObject = dict[str, Any]
@@ -200,6 +202,15 @@ def test_a_single_file_s_tensors_follow_each_other(tmp_path: Path, offsets: list
 def test_a_single_file_s_metadata_is_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m\.safetensors: its metadata is not JSON"):
         read_metadata(single_file(tmp_path / "m.safetensors", {}, 0, {"config": "{"}))
+
+
+def test_a_parameter_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    metadata = {"config": to_dict(Config(model=ModelConfig("tiny", "M", 64)))}
+    manager = CheckpointManager(checkpoint.parent, keep_last=2, keep_every=0, async_save=False, on_damage="error")
+    manager.save(2, {"model": {"a": torch.ones(2)}}, metadata)
+    with pytest.raises(CheckpointError, match=r"step_00000002 has no parameter \S+: it is of another model than its configuration"):
+        consolidate(manager.path(2), tmp_path / "m.safetensors")
+    assert not list(tmp_path.glob("*m.safetensors*"))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0", None, 3])
