@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import signal
@@ -54,6 +55,16 @@ def test_a_signal_is_noticed_while_the_main_thread_waits_in_a_library(number: si
     assert stop.received == number
     assert [signal.getsignal(other) for other in StopRequest.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_is_noted_where_nothing_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StopRequest(speaks=True) as stop:
+        monkeypatch.setattr(os, "write", full)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
 
 
 SEEN = [(3.2, 1.2, ""), (3.5, 1.0, "loss 3.5"), (3.0, 1.5, "grad norm 1.5"), (1.0, 0.1, "")]

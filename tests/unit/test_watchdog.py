@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +95,16 @@ def test_a_silent_rank_is_named(clock: Clock, capfd: pytest.CaptureFixture[str])
     assert error.count("Stacks of its threads") == 2
     assert "test_a_silent_rank_is_named" in error
     assert not silent._thread.is_alive()
+
+
+def test_a_log_on_a_full_disk_keeps_no_rank_alive(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "__stderr__", io.TextIOWrapper(full, write_through=True))
+        ranks = Ranks(1, seconds=100.0, heartbeat_seconds=10.0)
+        ranks.dogs[0].reached(7, "backward")
+        clock.now = 101.0
+        ranks.dogs[0]._look()
+        assert ranks.ended == {0: watchdog.EXIT_CODE}
 
 
 def test_a_rank_that_waits_is_not_alarmed_while_the_others_live(clock: Clock) -> None:
