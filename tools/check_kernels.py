@@ -1,6 +1,6 @@
 """Check every fused kernel on this GPU, with the Triton that is here: outputs and gradients against float64, over a grid of shapes.
 
-    python tools/check_kernels.py                          # the whole grid: seven minutes on 16 cores, most of them to compile
+    python tools/check_kernels.py                          # the whole grid: six minutes on 16 cores, most of them to compile
     python tools/check_kernels.py ssd --every 8            # an eighth of the cases of one operator
     python tools/check_kernels.py --output checks.json     # every case with its errors
 
