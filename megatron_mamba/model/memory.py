@@ -18,7 +18,7 @@ from mamba_kernels import backend
 from megatron_mamba.config import MIXER_KINDS, Config, ModelConfig
 from megatron_mamba.layout import ParallelConfig, Recompute, RecomputeConfig
 from megatron_mamba.model.lm import DTYPES, LanguageModel, master_dtype
-from megatron_mamba.parallel import ring_attention
+from megatron_mamba.parallel import ring_attention, torch_private
 from megatron_mamba.parallel.dry_run import Ledger, allocated, dry_context, group_names
 from megatron_mamba.parallel.fsdp import local
 
@@ -37,6 +37,10 @@ class Piece:
     """Alive from the forward to the backward pass (the input if it is kept; not the output: the next piece's input)."""
     backward: int
     """Most alive during the backward pass: what was kept, the gradients of output, weights and input, temporaries."""
+    widening: int
+    """The same where autograd turns each weight's gradient into the dtype in which gradients are summed, once it is there."""
+    adding: int
+    """The same where autograd adds each to an earlier one, which does not count."""
     gradients: int
     """Gradients of the weights that FSDP shards, as the backward pass leaves them: whole, in the compute dtype."""
     deferred: int
@@ -166,7 +170,8 @@ def measure(config: Config, kind: str) -> Piece:
     model = replace(one_layer(config.model, kind), name="")
     fused = backend.AVAILABLE and trainer.kernels == "fused" and trainer.device != "cpu"
     fused = fused and DTYPES[trainer.precision] in backend.FUSED_DTYPES
-    arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused)
+    adds = torch_private.FREES_EARLY and not parallel.defers_weights
+    arguments = (model, kind, layout, recompute, trainer.precision, trainer.loss_chunk_tokens, batch, fused, adds)
     lengths = (length, length) if fused else SCANS.get(kind, (length, length))
     if length <= lengths[1]:
         return _run(*arguments, length, 1)
@@ -185,6 +190,8 @@ def measure(config: Config, kind: str) -> Piece:
         forward=most("forward"),
         kept=grown(small.kept, large.kept),
         backward=most("backward"),
+        widening=most("widening" if adds else "backward"),
+        adding=most("adding" if adds else "backward"),
         left=grown(small.left, large.left),
         deferred=grown(small.deferred, large.deferred),
         weights=grown(small.weights, large.weights),
@@ -213,6 +220,7 @@ def _run(
     chunk_tokens: int,
     batch: int,
     fused: bool,
+    adds: bool,
     length: int,
     shortened: int,
 ) -> Piece:
@@ -227,8 +235,9 @@ def _run(
         seed, one = torch.zeros((), dtype=master, device="meta", requires_grad=True), torch.ones((), dtype=master, device="meta")
         shape = (batch * length // (layout.tp if layout.sequence_parallel else 1), config.hidden_size)
         at_end: list[int] = []
-        with _as_on_a_gpu(shortened, fused), ledger:
-            ledger.moment = "forward"
+
+        def there_and_back(forward: str, backward: str) -> int:
+            ledger.moment = forward
             x = _Enter.apply(seed, shape, dtype, lambda: at_end.append(ledger.now))
             if kind == "embedding":
                 x = model.embedding(tokens.flatten())
@@ -238,25 +247,40 @@ def _run(
             else:
                 loss = _Leave.apply(next(model.layers.children())(x, info, None), seed)
             del x
-            kept, ledger.moment = ledger.now, "backward"
+            kept, ledger.moment = ledger.now, backward
             loss.backward(one)
+            return kept
+
+        with _as_on_a_gpu(shortened, fused), ledger:
+            kept = there_and_back("forward", "backward")
             at_end.append(ledger.now)
             put_off, ledger.moment = context.deferred or [], "weights"
             after, deferred = ledger.now, ledger.now - _storage_bytes([*sharded, *apart]) if put_off else 0
             for compute in put_off:
                 compute()
+            gradients, sent, ledger.sent = _storage_bytes(sharded), ledger.sent, {}
+            if adds:
+                for parameter in sharded:
+                    parameter.grad, parameter.grad_dtype = None, master
+                for again in ("widening", "adding"):
+                    before = ledger.now
+                    there_and_back("rest", again)
+                    ledger.peaks[again] -= before
+                    ledger.peaks_at[again] = Counter({what: peak - before for what, peak in ledger.peaks_at[again].items()})
     used, whole = ([p for p in ps if p.grad is not None] for ps in (sharded, apart))
     return Piece(
         forward=ledger.peaks["forward"],
         kept=kept,
         backward=ledger.peaks["backward"],
-        gradients=_storage_bytes(used),
+        widening=ledger.peaks["widening" if adds else "backward"],
+        adding=ledger.peaks["adding" if adds else "backward"],
+        gradients=gradients,
         deferred=deferred,
         weights=max(ledger.peaks["weights"] - after, 0),
         left=at_end[0] - after,
         shapes=tuple(tuple(local(p).shape) for p in used),
         apart=tuple(local(p).numel() for p in whole),
-        sent=ledger.sent,
+        sent=sent,
         peaks_at=ledger.peaks_at,
     )
 

@@ -1,6 +1,6 @@
 """Memory of a training step on one rank: what the layers hold (:mod:`megatron_mamba.model.memory`) and what FSDP2 does around them.
 
-When FSDP2 allocates and frees follows its source, torch/distributed/fsdp/_fully_shard of torch 2.11 to 2.13; the names of its
+When FSDP2 allocates and frees follows its source, torch/distributed/fsdp/_fully_shard of torch 2.11 to 2.15; the names of its
 methods stand beside ours. The step is walked through allocation by allocation, and its worst moment is remembered.
 """
 
@@ -19,6 +19,7 @@ from megatron_mamba.model.lm import DTYPES, master_dtype
 from megatron_mamba.model.memory import Piece, measure
 from megatron_mamba.model.schedule import ROUNDS
 from megatron_mamba.model.stages import Stage, rank_of
+from megatron_mamba.parallel import torch_private
 from megatron_mamba.parallel.dry_run import allocated, pipeline_actions
 
 MASTERS, MOMENTS, GRADIENTS = "weights (masters)", "optimizer states", "gradients (summed)"
@@ -153,9 +154,9 @@ def step_memory(
 
 
 def _pipelined(config: Config, ranks: int, micro_batches: int, stages: Sequence[Stage], pp_rank: int) -> StepMemory:
-    """A rank of a pipeline goes through its schedule, as torch/distributed/pipelining/stage.py of torch 2.11 to 2.13 does: a
-    stage has a buffer for every micro-batch that it receives, and for every gradient; weights once gathered for a backward
-    pass stay until a forward pass has used them."""
+    """A rank of a pipeline goes through its schedule, as torch/distributed/pipelining/stage.py of torch 2.11 to 2.15 does: until
+    2.14 a stage has a buffer for every micro-batch that it receives, and for every gradient; weights once gathered for a
+    backward pass stay until a forward pass has used them."""
     parallel = config.parallel
     here = [stage for stage in stages if rank_of(stage.index, parallel) == pp_rank]
     steps: dict[int, _Step] = {}
@@ -179,6 +180,8 @@ def _pipelined(config: Config, ranks: int, micro_batches: int, stages: Sequence[
             step.gather_all()
         elif kind == "RESHARD":
             step.reshard_all()
+        elif torch_private.FREES_EARLY:
+            step.pass_on(kind)
         if kind == "W" or (kind == "B" and parallel.defers_weights):
             step.compute_weights()
         to_come[index] -= kind in ("B", "W")
@@ -236,7 +239,7 @@ class _Step:
             held = 0
             if self.parallel.reshard_after_forward and not unit.root:
                 self.reshard(unit)
-        self.hold(BORDERS, 0 if self.stage.is_last or self.next_is_here else self.stream)
+        self.hold(BORDERS, 0 if self.stage.is_last or (self.next_is_here and not torch_private.FREES_EARLY) else self.stream)
         self.release_previous()
 
     def backward(self, last: bool) -> None:
@@ -253,7 +256,10 @@ class _Step:
                 self.gather(following)
             self.hold(TRANSIENT, -left)
             held = 0 if self.stage.is_first or unit is not units[0] else self.stream
-            self.touch(TRANSIENT, piece.backward - piece.kept - arrived)
+            # Of tied embeddings autograd adds up the gradients of both uses first.
+            adds = torch_private.FREES_EARLY and not unit.root and (unit.added > 0 or self.adds_up(last))
+            most = piece.backward if not adds else piece.adding if unit.added else piece.widening
+            self.touch(TRANSIENT, most - piece.kept - arrived)
             arrived = 0
             self.hold(_kept(kind), held - piece.kept)
             self.hold(DEFERRED, piece.deferred)
@@ -261,7 +267,9 @@ class _Step:
             self.hold(TRANSIENT, left)
             if piece.deferred:
                 continue
-            if unit.fresh:
+            if adds:
+                self.add_up(unit)
+            elif unit.fresh:
                 # Of tied embeddings: the gradients of both uses, and their sum.
                 self.touch(UNSHARDED, 2 * piece.gradients)
             else:
@@ -270,12 +278,12 @@ class _Step:
             if unit is not units[0]:
                 self.reduce(unit, name, last)
         self.hold(TRANSIENT, -left)
-        if units[0].fresh:
+        if units[0].fresh or (last and units[0].added > 0):
             # The embedding's input has no gradient whose computation would tell FSDP that it is done.
             self.reduce(units[0], self.pieces[0][0], last)
         self.hold(BUFFERS, -self.reducing)
         self.reducing = 0
-        self.hold(BORDERS, 0 if self.stage.is_last or self.next_is_here else -self.stream)
+        self.release_borders()
         # torch's 1F1B keeps what it sends to the stage before until the next one is there.
         self.hold(BORDERS, -self.sent)
         self.sent = left if self.parallel.schedule == "1f1b" and not self.stage.is_first else 0
@@ -293,10 +301,32 @@ class _Step:
         for name, _, unit in put_off:
             self.reduce(unit, name, last=False)
 
+    def release_borders(self) -> None:
+        """After a backward pass: what came from other stages, and what was kept for it."""
+        kept_output = not self.stage.is_last
+        if not torch_private.FREES_EARLY:
+            self.hold(BORDERS, -self.stream * (kept_output and not self.next_is_here))
+            return
+        # A stage on the same rank goes on with the output; what puts gradients of weights off may need it.
+        kept_output = kept_output and (self.next_is_here or self.parallel.defers_weights)
+        received = (not self.stage.is_first and not self.previous_is_here) + (not self.stage.is_last)
+        self.hold(BORDERS, -self.stream * (received + kept_output))
+        if not self.stage.is_first and self.parallel.schedule != "1f1b":
+            # The gradient of the input is sent, or it is what the stage before receives.
+            self.hold(BORDERS, self.stream)
+
+    def pass_on(self, kind: str) -> None:
+        """From torch 2.15 on: begin to receive a residual stream or its gradient, or give up one that has been sent."""
+        if kind in ("RECV_F", "RECV_B"):
+            self.hold(BORDERS, self.stream)
+        elif kind == "WAIT_SEND_B" or not self.parallel.defers_weights:
+            self.hold(BORDERS, -self.stream)
+
     def receive(self, micro_batches: int) -> int:
         """Make what receives residual streams and their gradients from other stages, and stays: returns its bytes. Put all
         token ids and labels together."""
-        buffers = micro_batches * self.stream * (2 - self.stage.is_first - self.stage.is_last)
+        count = 0 if torch_private.FREES_EARLY else micro_batches
+        buffers = count * self.stream * (2 - self.stage.is_first - self.stage.is_last)
         self.hold(BORDERS, buffers)
         self.hold(BORDERS, micro_batches * self.tokens * torch.int64.itemsize * (1 + self.stage.is_first))
         return buffers
@@ -366,6 +396,16 @@ class _Step:
             self.hold(GATHERED, -unit.gathered_size(self.narrow))
             unit.gathered = False
 
+    def adds_up(self, last: bool) -> bool:
+        """Whether gradients are kept for those of later micro-batches, in the dtype in which they are summed."""
+        return not last and self.parallel.reduce_gradients == "step"
+
+    def add_up(self, unit: Unit) -> None:
+        """Make room for the sum of a unit's gradients over micro-batches, if there is none yet."""
+        if not unit.added:
+            unit.added = sum(allocated(math.prod(shape) * self.wide) for shape in unit.shapes)
+            self.hold(UNSHARDED, unit.added)
+
     def reduce(self, unit: Unit, name: str, last: bool) -> None:
         """FSDPParamGroup.post_backward and foreach_reduce: sum the unit's gradients over ranks, or keep them for later."""
         self.moment = f"sum of gradients of {name}"
@@ -374,13 +414,13 @@ class _Step:
         if unit.added:
             self.hold(UNSHARDED, -unit.fresh)
             unit.fresh = 0
-        if not last and self.parallel.reduce_gradients == "step":
-            if unit.fresh:
-                unit.added = sum(allocated(math.prod(shape) * self.wide) for shape in unit.shapes)
-                if self.narrow < self.wide:
-                    self.hold(UNSHARDED, unit.added)
-                    self.hold(UNSHARDED, -unit.fresh)
-                unit.fresh = 0
+        if self.adds_up(last):
+            if unit.fresh and self.narrow < self.wide:
+                self.add_up(unit)
+                self.hold(UNSHARDED, -unit.fresh)
+            elif unit.fresh:
+                unit.added = unit.fresh
+            unit.fresh = 0
             return
         self.hold(BUFFERS, -self.reducing)
         self.reducing = unit.whole * self.wide
@@ -388,7 +428,7 @@ class _Step:
         self.hold(UNSHARDED, -unit.fresh - unit.added)
         unit.fresh = unit.added = 0
         self.hold(GRADIENTS, unit.shard * self.wide)
-        if unit.ranks == 1:
+        if unit.ranks == 1 and not torch_private.FREES_EARLY:
             self.touch(BUFFERS, unit.whole * self.wide)
         if unit.summed:
             self.hold(GRADIENTS, -unit.shard * self.wide)

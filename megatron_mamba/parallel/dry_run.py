@@ -119,7 +119,8 @@ def group_names(context: ParallelContext) -> dict[str, str]:
 
 class Action(NamedTuple):
     """What a pipeline rank does next with one of its stages: forward pass "F", backward pass "B" or in its place gradients of
-    inputs "I" and of weights "W"; "UNSHARD" and "RESHARD" its weights (of no micro-batch)."""
+    inputs "I" and of weights "W"; "UNSHARD" and "RESHARD" its weights (of no micro-batch). "RECV_F" and "RECV_B" begin to receive
+    what a pass needs, "WAIT_SEND_F" and "WAIT_SEND_B" give up what it has sent (these two only from torch 2.15 on)."""
 
     kind: str
     stage: int
@@ -139,12 +140,25 @@ def pipeline_actions(schedule: str, pp: int, stages: int, micro_batches: int) ->
     return tuple(tuple(Action(m[2], int(m[1]), int(m[3] or -1)) for m in order if m) for order in found)
 
 
-_ACTION = re.compile(r"(\d+)(F|B|I|W|UNSHARD|RESHARD)(\d*)")
+_ACTION = re.compile(r"(\d+)(F|B|I|W|UNSHARD|RESHARD|RECV_F|RECV_B|WAIT_SEND_F|WAIT_SEND_B)(\d*)")
 
 
 def _one_forward_one_backward(ahead: int, stage: int, micro_batches: int) -> tuple[Action, ...]:
+    first, last = stage == 0, ahead == 1
     ahead = min(ahead, micro_batches)
-    found = [Action("F", stage, i) for i in range(ahead)]
+
+    def forward(i: int) -> list[Action]:
+        return [Action("RECV_F", stage, i)] * (not first) + [Action("F", stage, i)]
+
+    found: list[Action] = []
+    for i in range(ahead):
+        found += forward(i)
+        found += [Action("WAIT_SEND_F", stage, i - 1)] * (i > 0)
     for i in range(micro_batches):
-        found += [Action("B", stage, i), *([Action("F", stage, i + ahead)] if i + ahead < micro_batches else [])]
+        if not last:
+            found.append(Action("RECV_B", stage, i))
+            # Sent with what is received here, or if there is none left, while the micro-batches before were.
+            found += [Action("WAIT_SEND_F", stage, i + ahead - 1)] * (i + ahead <= micro_batches)
+        found.append(Action("B", stage, i))
+        found += forward(i + ahead) if i + ahead < micro_batches else []
     return tuple(found)

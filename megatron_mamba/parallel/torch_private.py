@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
@@ -32,6 +33,11 @@ class Private:
     def last_part(self) -> str:
         return self.name.rpartition(".")[2].rpartition(":")[2]
 
+
+FREES_EARLY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+"""Whether a step of the torch at hand holds less, as from 2.15 on: autograd adds a gradient to those of earlier micro-batches as
+soon as it has been made; one rank copies no gradients to divide them by one; a pipeline has no buffers between micro-batches,
+and gives up what it has sent."""
 
 _FSDP = "torch.distributed.fsdp._fully_shard"
 NAMES = (
