@@ -3,7 +3,7 @@
 # evaluation, a generated sample, export to Hugging Face. No download of text; everything lands in runs/quickstart-TIME.
 #   ./launch/quickstart.sh                              a tiny hybrid on Python's own library
 #   ARCH=mamba|mamba2|transformer|hybrid|all ./launch/quickstart.sh
-#   ./launch/quickstart.sh --corpus FILE_OR_DIR         your own text, .jsonl or .jsonl.zst
+#   ./launch/quickstart.sh --corpus FILE_OR_DIR         your own text or JSON lines, also .jsonl.zst
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 "$root/launch/setup.sh"

@@ -32,7 +32,8 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Errors that say that a file system has no locks."""
 
 
 class DataError(ValueError):
@@ -89,7 +90,7 @@ def build_once(path: Path, build: Callable[[], None]) -> None:
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 continue
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     raise
             if missing():
                 build()

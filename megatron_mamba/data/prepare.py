@@ -1,19 +1,23 @@
 """Text to an indexed corpus by several processes: resumable, and byte-identical however it was interrupted or spread.
 
 The input is cut into shards by its bytes alone. Each is tokenised into PREFIX.shards/NUMBER.bin, .idx and, last, .json,
-whose presence says that the shard is finished; at the end the shards are joined in order.
+which says what the shard was made from and that it is finished; at the end the shards are joined in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -21,12 +25,24 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_mamba.data.indexed import DataError, IndexedWriter, Metadata, atomic_write, bin_path, idx_path, token_dtype
-from megatron_mamba.data.sources import TEXT_GLOBS, Shard, find_files, iterate_shards, read_documents
+from megatron_mamba.data.indexed import (
+    NO_LOCKS,
+    DataError,
+    IndexedWriter,
+    Metadata,
+    atomic_write,
+    bin_path,
+    idx_path,
+    token_dtype,
+)
+from megatron_mamba.data.inputs import TEXT_GLOBS, find_files
+from megatron_mamba.data.sources import MAX_LINE_BYTES, Shard, iterate_shards, read_documents
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from megatron_mamba.progress import Progress
 
-_FORMAT = 1
+log = logging.getLogger(__name__)
+
+_FORMAT = 2
 _SMALLEST_SHARD, _LARGEST_SHARD = 1 << 18, 1 << 25
 
 
@@ -40,60 +56,103 @@ class ShardResult:
     skipped: int
 
 
+@dataclass(frozen=True)
+class Job:
+    """What tokenising a shard needs to know besides the shard."""
+
+    folder: Path
+    """Where finished shards lie."""
+    tokenizer: Path
+    json_key: str
+    skip_bad: bool
+    max_line_bytes: int
+
+    def finished(self, shard: Shard, made_from: str) -> ShardResult | None:
+        """What an earlier call made of `shard`, if this one would make the same of it."""
+        try:
+            record = json.loads((self.folder / f"{shard.number:08d}.json").read_bytes())
+            result = ShardResult(**record["result"])
+            same_bad = not result.skipped or (self.skip_bad and record["max_line_bytes"] == self.max_line_bytes)
+            return result if record["made_from"] == made_from and same_bad else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
 def prepare(
     inputs: Iterable[str | Path], tokenizer: str | Path, output: str | Path, *, workers: int = 1,
     globs: Sequence[str] = TEXT_GLOBS, json_key: str = "text", skip_bad: bool = False, overwrite: bool = False,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Metadata:  # fmt: skip
     """Tokenise `inputs` into PREFIX.bin, .idx, .json and a copy of the tokenizer in PREFIX.tokenizer; PREFIX is `output`.
 
     Every document ends with the tokenizer's end-of-document id; documents without text are left out. A call repeated after
-    an interruption goes on where it was; repeated after the end, it does nothing. Raises :class:`DataError` for
-    unreadable input (file and line named), or if PREFIX exists from other inputs or options and `overwrite` is False.
+    an interruption or a bad document goes on where it was; repeated after the end, it does nothing. Raises :class:`DataError`
+    for unreadable input (file and line named), if another process is making PREFIX, or if PREFIX exists from other inputs or
+    options and `overwrite` is False.
     """
     output = Path(output)
-    files = find_files(inputs, globs)
+    files = find_files(inputs, globs, json_key)
     total = sum(file.stat().st_size for file in files)
     loaded = load_tokenizer(tokenizer)
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    settings = hashlib.sha256(repr((_FORMAT, stamps, loaded.sha256, loaded.eod_id, json_key, skip_bad)).encode()).hexdigest()
-    folder = Path(f"{output}.shards")
+    stamps = {f: (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+    work = _digest([stamps[file][0] for file in files], loaded.sha256, loaded.eod_id)
+    settings = _digest(work, [stamps[file] for file in files], json_key, skip_bad and max_line_bytes)
+    job = Job(Path(f"{output}.shards"), loaded.path, json_key, skip_bad, max_line_bytes)
+
+    def made_from(shard: Shard) -> str:
+        """Digest of all that decides a shard's tokens but the tokenizer, as long as no line is bad."""
+        lines = shard.span is not None or shard.lines is not None
+        place = (shard.span, shard.first_line, len(shard.lines or b""))
+        return _digest([stamps[file] for file in shard.files], json_key if lines else None, place)
+
     try:
-        finished = _claim(output, folder, settings, overwrite)
-        if finished is not None:
-            return finished
-        tokenise = functools.partial(tokenise_shard, folder=folder, tokenizer=loaded.path, json_key=json_key, skip_bad=skip_bad)
-        shards = iterate_shards(files, min(max(total // 64, _SMALLEST_SHARD), _LARGEST_SHARD))
-        results: list[ShardResult] = []
-        with Progress(total, "Tokenising", "B") as progress:
-            for shard, result, resumed in _run(shards, tokenise, folder, workers):
-                results.append(result)
-                if resumed:
-                    progress.skip(shard.size)
-                else:
-                    progress.update(shard.size, documents=sum(r.documents for r in results))
-        metadata = _join(output, folder, results, loaded, settings)
+        with _alone(output):
+            finished = _claim(output, job.folder, work, settings, overwrite)
+            if finished is not None:
+                return finished
+            shards = iterate_shards(files, min(max(total // 64, _SMALLEST_SHARD), _LARGEST_SHARD), max_line_bytes)
+            results: list[ShardResult] = []
+            with Progress(total, "Tokenising", "B") as progress:
+                for shard, result, resumed in _run(shards, job, made_from, workers):
+                    results.append(result)
+                    if resumed:
+                        progress.skip(shard.size)
+                    else:
+                        progress.update(shard.size, documents=sum(r.documents for r in results))
+            metadata = _join(output, job.folder, results, loaded, settings)
+            shutil.rmtree(job.folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise DataError(f"{output}: no room left on the disk. Make room and repeat the command: finished work is kept") from error
-    shutil.rmtree(folder)
     return metadata
 
 
-def tokenise_shard(shard: Shard, *, folder: Path, tokenizer: Path, json_key: str, skip_bad: bool) -> ShardResult:
-    """Write one shard's tokens into `folder`; the same files whoever does it, and whenever."""
-    loaded = _load_once(tokenizer)
+def tokenise_shard(shard: Shard, job: Job, made_from: str) -> ShardResult:
+    """Write one shard's tokens into the job's folder; the same files whoever does it, and whenever.
+
+    `made_from`: digest of what the shard comes from, by which a later call knows it again.
+    """
+    loaded = _load_once(job.tokenizer)
     skipped = 0
-    with IndexedWriter(folder / f"{shard.number:08d}", token_dtype(loaded.vocab_size)) as writer:
-        for text in read_documents(shard, json_key, skip_bad):
+    name = job.folder / f"{shard.number:08d}"
+    record = name.with_name(f"{name.name}.json")
+    record.unlink(missing_ok=True)
+    with IndexedWriter(name, token_dtype(loaded.vocab_size)) as writer:
+        for text in read_documents(shard, job.json_key, job.skip_bad, job.max_line_bytes):
             if text is None:
                 skipped += 1
             elif ids := loaded.encode(text):
                 writer.add_document([*ids, loaded.eod_id])
     result = ShardResult(writer.n_documents, writer.n_tokens, writer.max_token_id, skipped)
-    with atomic_write(folder / f"{shard.number:08d}.json") as file:
-        file.write(json.dumps(asdict(result)).encode())
+    known = {"made_from": made_from, "max_line_bytes": job.max_line_bytes, "result": asdict(result)}
+    with atomic_write(record) as file:
+        file.write(json.dumps(known).encode())
     return result
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((_FORMAT, *parts)).encode()).hexdigest()
 
 
 @functools.lru_cache(1)
@@ -101,14 +160,46 @@ def _load_once(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _claim(output: Path, folder: Path, settings: str, overwrite: bool) -> Metadata | None:
-    """Make `folder` ready for shards made with `settings`; returns the corpus' record if it is finished already."""
-    stamp = folder / "settings"
-    if stamp.exists() and stamp.read_text() != settings:
-        if not overwrite:
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other processes, of whatever node, from making PREFIX: a lock on PREFIX.lock, which a process that dies gives back."""
+    path = Path(f"{output}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(open(path, "ab+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                owner = lock.read(200).decode(errors="replace")
+                raise DataError(
+                    f"{output}: is being made by another process ({owner}). Wait for it, or choose another --output"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: the file system has no locks: let no second command write the same output", path)
+            # Another process may have removed the file, done, between its opening here and the lock.
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
+        stack.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _claim(output: Path, folder: Path, work: str, settings: str, overwrite: bool) -> Metadata | None:
+    """Make `folder` ready for shards of `work` (input paths and tokenizer); returns the corpus' record if it is finished already
+    with these `settings`. Single shards know what they were made from."""
+    stamp = folder / "work"
+    if folder.exists() and not (stamp.exists() and stamp.read_text() == work):
+        n_finished = len(list(folder.glob("*.json")))
+        if n_finished and not overwrite:
             raise DataError(
-                f"{folder}: holds unfinished work from other inputs or options. Repeat that command, or start afresh "
-                "with --overwrite"
+                f"{folder}: holds {n_finished} finished parts from other inputs or another tokenizer. Repeat that command, or "
+                "start afresh with --overwrite"
             )
         shutil.rmtree(folder)
     if not stamp.exists():
@@ -122,19 +213,15 @@ def _claim(output: Path, folder: Path, settings: str, overwrite: bool) -> Metada
             )
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(stamp) as file:
-            file.write(settings.encode())
-    for stale in output.parent.glob(f"{glob.escape(output.name)}.*.tmp-*"):
-        stale.unlink()
+            file.write(work.encode())
+    for path in (idx_path(output), bin_path(output), Metadata.path(output)):
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+            stale.unlink()
     return None
 
 
-def _finished(folder: Path, shard: Shard) -> ShardResult | None:
-    path = folder / f"{shard.number:08d}.json"
-    return ShardResult(**json.loads(path.read_bytes())) if path.exists() else None
-
-
 def _run(
-    shards: Iterator[Shard], tokenise: Callable[[Shard], ShardResult], folder: Path, workers: int
+    shards: Iterator[Shard], job: Job, made_from: Callable[[Shard], str], workers: int
 ) -> Iterator[tuple[Shard, ShardResult, bool]]:
     """Results of all shards as they come, each with whether an earlier call had finished it."""
     pending: dict[Future[ShardResult], Shard] = {}
@@ -150,18 +237,19 @@ def _run(
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         for shard in shards:
-            result = _finished(folder, shard)
+            digest = made_from(shard)
+            result = job.finished(shard, digest)
             if result is not None:
                 yield shard, result, True
                 continue
             while len(pending) >= 2 * workers:
                 yield from collect()
-            pending[pool.submit(tokenise, shard)] = shard
+            pending[pool.submit(tokenise_shard, shard, job, digest)] = shard
         while pending:
             yield from collect()
     except BrokenProcessPool as error:
         raise DataError(
-            f"{folder}: a tokenising process died, perhaps for want of memory. Repeat the command with fewer "
+            f"{job.folder}: a tokenising process died, perhaps for want of memory. Repeat the command with fewer "
             "--workers: finished work is kept"
         ) from error
     finally:
@@ -182,6 +270,7 @@ def _end_with_parent() -> None:
 
 def _join(output: Path, folder: Path, results: Sequence[ShardResult], tokenizer: Tokenizer, settings: str) -> Metadata:
     if not sum(result.documents for result in results):
+        shutil.rmtree(folder)
         raise DataError(f"{output}: the input holds no document with text. Check --input, --glob and --json-key")
     with IndexedWriter(output, token_dtype(tokenizer.vocab_size)) as writer:
         for number in range(len(results)):

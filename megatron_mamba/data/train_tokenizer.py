@@ -10,8 +10,9 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_mamba.data.indexed import DataError, atomic_write
+from megatron_mamba.data.inputs import TEXT_GLOBS, find_files
 from megatron_mamba.data.permutation import mix32
-from megatron_mamba.data.sources import TEXT_GLOBS, Shard, find_files, iterate_shards, read_documents
+from megatron_mamba.data.sources import MAX_LINE_BYTES, Shard, iterate_shards, read_documents
 from megatron_mamba.progress import Progress
 
 _SHARD_BYTES = 1 << 18
@@ -21,6 +22,7 @@ _SENTENCE_LENGTH = 16384
 def train_tokenizer(
     inputs: Iterable[str | Path], vocab_size: int, output: str | Path, *, globs: Sequence[str] = TEXT_GLOBS, json_key: str = "text",
     max_bytes: int = 256 << 20, character_coverage: float = 0.9995, skip_bad: bool = False,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Path:  # fmt: skip
     r"""Train on at most about `max_bytes` of `inputs`, sampled evenly, and write the .model file `output`.
 
@@ -28,10 +30,11 @@ def train_tokenizer(
     space is added or removed, runs of spaces have pieces of their own, newline and tab are pieces nothing merges with, and
     rare characters fall back to bytes. Raises :class:`DataError` if the text cannot give `vocab_size` pieces.
     """
-    files = find_files(inputs, globs)
+    files = find_files(inputs, globs, json_key)
     with Progress(sum(file.stat().st_size for file in files), "Reading", "B") as progress:
-        sentences = [s for shard in sample(iterate_shards(files, _SHARD_BYTES), max_bytes, progress)
-                     for text in read_documents(shard, json_key, skip_bad) if text for s in _sentences(text)]  # fmt: skip
+        sentences = [s for shard in sample(iterate_shards(files, _SHARD_BYTES, max_line_bytes), max_bytes, progress)
+                     for text in read_documents(shard, json_key, skip_bad, max_line_bytes) if text
+                     for s in _sentences(text)]  # fmt: skip
     if not sentences:
         raise DataError(f"{', '.join(map(str, files[:3]))}: no text to train a tokenizer on. Check --input, --glob and --json-key")
     model = io.BytesIO()

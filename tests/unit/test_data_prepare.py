@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SMALLEST_SHARD", 700)
-    monkeypatch.setattr(sources, "_READ_BYTES", 50)
+    monkeypatch.setattr(sources, "_PACKED_BYTES", 50)
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -105,7 +105,7 @@ def test_killed_command_goes_on_where_it_was(
     script = """
 import sys, time
 from megatron_mamba.data import prepare, tokenizer
-prepare._SMALLEST_SHARD, prepare.iterate_shards.__globals__["_READ_BYTES"] = 700, 50
+prepare._SMALLEST_SHARD, prepare.iterate_shards.__globals__["_PACKED_BYTES"] = 700, 50
 encode = tokenizer.SentencePieceTokenizer.encode
 tokenizer.SentencePieceTokenizer.encode = lambda self, text: time.sleep(0.05) or encode(self, text)
 prepare.prepare(sys.argv[1:-2], sys.argv[-2], sys.argv[-1])
@@ -121,14 +121,14 @@ prepare.prepare(sys.argv[1:-2], sys.argv[-2], sys.argv[-1])
     finished = {int(path.stem) for path in folder.glob("*.json")}
     assert len(finished) >= 3
     assert not idx_path(tmp_path / "c").exists()
-    with pytest.raises(DataError, match=r"c\.shards: holds unfinished work"):
-        prepare(inputs(source), source / "tok.model", tmp_path / "c", skip_bad=True)
+    with pytest.raises(DataError, match=r"c\.shards: holds \d+ finished parts from other inputs.*--overwrite"):
+        prepare([source / "text"], source / "tok.model", tmp_path / "c")
     again: list[int] = []
     tokenise = module.tokenise_shard
 
-    def counted(shard, **options):
+    def counted(shard, *options):
         again.append(shard.number)
-        return tokenise(shard, **options)
+        return tokenise(shard, *options)
 
     monkeypatch.setattr(module, "tokenise_shard", counted)
     (tmp_path / "c.bin.tmp-12345678").write_text("left by a kill while joining")
@@ -173,6 +173,66 @@ def test_bad_line_is_named_or_skipped(source: Path, tmp_path: Path, bad: str, pa
     assert (record.skipped, record.documents) == (1, 149)
 
 
+@pytest.mark.parametrize("remedy", ["mend", "key", "skip", "longer"])
+def test_remedies_of_a_bad_line_lead_on(source: Path, tmp_path: Path, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished work that what the message advises does not touch is kept, and what comes out is what one run would have made."""
+    (tmp_path / "good").mkdir()
+    for number, text in enumerate(texts(3, 40)):
+        (tmp_path / "good" / f"{number}.txt").write_text(text)
+    key = "body" if remedy == "key" else "text"
+    lines = [json.dumps({key: f"document {i}"}) for i in range(40)]
+    bad = {"mend": "{", "key": lines[30], "skip": "{", "longer": json.dumps({"text": "x" * 200})}[remedy]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines[:30], bad, *lines[30:]]))
+    given = [tmp_path / "good", path]
+    limit = {"max_line_bytes": 100} if remedy == "longer" else {}
+    with pytest.raises(DataError, match=rf"a\.jsonl, line \d+: .*{'--max-line-bytes' if limit else '--json-key'}.*--skip-bad"):
+        prepare(given, source / "tok.model", tmp_path / "c", **limit)
+    finished = {path.stem for path in (tmp_path / "c.shards").glob("*.json")}
+    assert finished
+    if remedy == "mend":
+        path.write_text("\n".join(lines))
+    changes: dict = {"key": {"json_key": "body"}, "skip": {"skip_bad": True}, "longer": {"max_line_bytes": 1000}}
+    options = changes.get(remedy, {})
+    again: list[str] = []
+    tokenise = module.tokenise_shard
+
+    def counted(shard, *rest):
+        again.append(f"{shard.number:08d}")
+        return tokenise(shard, *rest)
+
+    monkeypatch.setattr(module, "tokenise_shard", counted)
+    prepare(given, source / "tok.model", tmp_path / "c", **options)
+    assert finished - set(again)
+    prepare(given, source / "tok.model", tmp_path / "d", **options)
+    assert files_of(tmp_path / "c")[:2] == files_of(tmp_path / "d")[:2]
+
+
+def test_second_command_to_one_output_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenise = module.tokenise_shard
+    temporary = tmp_path / "c.d.bin.tmp-12345678"
+    temporary.write_text("of another output, being written")
+
+    def during(shard, *options):
+        with pytest.raises(DataError, match=r"c: is being made by another process \(process \d+ on .+\)\. Wait for it"):
+            prepare([source / "text"], source / "tok.model", tmp_path / "c", overwrite=True)
+        return tokenise(shard, *options)
+
+    monkeypatch.setattr(module, "tokenise_shard", during)
+    (tmp_path / "c.lock").write_text("left by a process that was killed")
+    record = prepare([source / "a.jsonl"], source / "tok.model", tmp_path / "c")
+    assert record.documents == len([text for text in texts(1, 60) if text])
+    assert temporary.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"c.bin", "c.idx", "c.json", "c.tokenizer", temporary.name}
+
+
+def test_nothing_to_tokenise_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="no document with text"):
+        prepare([tmp_path / "a.txt"], source / "tok.model", tmp_path / "c")
+    prepare([source / "a.jsonl"], source / "tok.model", tmp_path / "c")
+
+
 def test_bad_input_is_named(source: Path, tmp_path: Path) -> None:
     def refused(path: Path, words: str) -> None:
         with pytest.raises(DataError, match=words):
@@ -197,10 +257,10 @@ def test_bad_input_is_named(source: Path, tmp_path: Path) -> None:
 def test_full_disk_is_said_and_finished_work_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenise = module.tokenise_shard
 
-    def fail(shard, **options):
+    def fail(shard, *options):
         if shard.number == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return tokenise(shard, **options)
+        return tokenise(shard, *options)
 
     monkeypatch.setattr(module, "tokenise_shard", fail)
     with pytest.raises(DataError, match="c: no room left on the disk"):
