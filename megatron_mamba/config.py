@@ -22,7 +22,7 @@ from megatron_mamba.architecture import (  # noqa: F401 (part of this module's i
     ModelConfig,
 )
 from megatron_mamba.layout import ParallelConfig, RecomputeConfig
-from megatron_mamba.schema import ConfigError, PathText, from_dict, require, require_positive, to_dict  # noqa: F401
+from megatron_mamba.schema import ConfigError, PathText, convert, from_dict, require, require_positive, to_dict  # noqa: F401
 
 # ----------------------------------------------------------------------------------------------------------- data
 

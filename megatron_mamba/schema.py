@@ -56,7 +56,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
             remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(fields)}"
             raise ConfigError(_join(path, key), value, "unknown setting", remedy)
     hints = typing.get_type_hints(cls, include_extras=True)
-    built = {key: _convert(hints[key], value, _join(path, key)) for key, value in data.items()}
+    built = {key: convert(hints[key], value, _join(path, key)) for key, value in data.items()}
     for name, spec in fields.items():
         if name not in built and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ConfigError(_join(path, name), None, "is required and was not given", f"Set {_join(path, name)}=...")
@@ -79,14 +79,15 @@ def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint` of the setting `path`; :class:`ConfigError` if it is none."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _path(_convert(args[0], value, path), path)
+        return _path(convert(args[0], value, path), path)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
+        return convert(next(a for a in args if a is not type(None)), value, path)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, path)
     if origin is Literal:
@@ -95,10 +96,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         ok = isinstance(value, list | tuple) and len(value) == len(args)
         require(ok, path, value, f"expected {len(args)} values", f"For example {path}=[{','.join('1' * len(args))}]")
-        return tuple(_convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        return tuple(convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if origin is dict:
         require(isinstance(value, dict), path, value, "expected a mapping", f"For example {path}={{a:1,b:2}}")
-        return {_convert(args[0], str(k), f"{path}[{k}]"): _convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
+        return {convert(args[0], str(k), f"{path}[{k}]"): convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         require(math.isfinite(value), path, value, "is not a finite number", "Write a number, for example 1.0 or 3e-4")
         return float(value)

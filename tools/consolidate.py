@@ -10,6 +10,7 @@ import torch
 
 from megatron_mamba.checkpoint import CheckpointError, resolve
 from megatron_mamba.checkpoint.consolidated import consolidate
+from megatron_mamba.config import ConfigError
 from megatron_mamba.data.indexed import DataError
 
 
@@ -29,5 +30,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ import torch
 from megatron_mamba.checkpoint import CheckpointError, hf, read_metadata, resolve, tokenizer_path
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
 from megatron_mamba.checkpoint.hf_verify import compare, sample_tokens
-from megatron_mamba.config import Config, ModelConfig, ParallelConfig, from_dict
+from megatron_mamba.config import Config, ConfigError, ModelConfig, ParallelConfig, from_dict
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.generate.loading import load_model
 from megatron_mamba.parallel.context import ParallelContext
@@ -74,5 +74,5 @@ def _verify(args: argparse.Namespace, checkpoint: Path, config: ModelConfig, dty
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (hf.HFExportError, CheckpointError, DataError) as error:
+    except (hf.HFExportError, CheckpointError, ConfigError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,12 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     config, tensors = hf.import_(args.input)
     if args.output.exists() and any(args.output.iterdir()):
         raise hf.HFImportError(f"output = {args.output}: exists and is not empty. Choose another folder, or remove it first")
-    tokenizer = None
-    if (args.input / "tokenizer.json").is_file():
-        tokenizer = args.output / "tokenizer"
-        tokenizer.mkdir(parents=True)
-        write_tokenizer(args.input, tokenizer, max_length=10**9, vocab_size=config.vocab_size)
-    path = write_checkpoint(args.output, config, tensors, tokenizer)
+    tokenizer = args.output / "tokenizer" if (args.input / "tokenizer.json").is_file() else None
+    done = False
+    try:
+        if tokenizer is not None:
+            tokenizer.mkdir(parents=True)
+            write_tokenizer(args.input, tokenizer, max_length=10**9, vocab_size=config.vocab_size)
+        path = write_checkpoint(args.output, config, tensors, tokenizer)
+        done = True
+    finally:
+        if not done:  # Half of it would stand in the way of the next try.
+            shutil.rmtree(args.output, ignore_errors=True)
     print(f"{path}: {config.name}, {count(config):,} parameters, pattern {config.pattern}, "
           f"{f'tokenizer {tokenizer}' if tokenizer else 'no tokenizer.json in the folder'}")  # fmt: skip
     return 0
@@ -36,5 +42,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (hf.HFImportError, hf.HFExportError, CheckpointError, DataError) as error:
+    except (hf.HFImportError, hf.HFExportError, CheckpointError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, help="text or JSON lines, also .jsonl.zst, or a folder; default: Python's own library")
+    parser.add_argument("--corpus", type=Path, help="text or JSON lines, or a folder of them; default: Python's own library")
     parser.add_argument("--arch", choices=(*ARCHITECTURES, "all"), default=os.environ.get("ARCH", "hybrid"))
     parser.add_argument("--samples", type=int, default=2304, help="training sequences of 256 tokens (default: %(default)s)")
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -8,6 +8,7 @@ of a model that only fits a class with the other convention (weight or weight - 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from megatron_mamba.checkpoint.hf_config import model_card, read_config, write_c
 from megatron_mamba.checkpoint.hf_tokenizer import write_tokenizer
 from megatron_mamba.checkpoint.storage import Entry, write_safetensors
 from megatron_mamba.config import ModelConfig
+from megatron_mamba.files import is_plain_name, one_line, read_object
 
 __all__ = ["HFExportError", "HFImportError", "choose", "export", "hf_tensors", "import_", "parse_size"]
 
@@ -53,7 +55,7 @@ def export(
     when complete.
 
     Raises :class:`HFExportError` for a model that no class (or not `architecture`) holds, a tokenizer that does not
-    convert exactly or has more ids than the vocabulary, or an `output` that is not empty.
+    convert exactly or has more ids than the vocabulary, or an `output` that is not empty or cannot be written.
     """
     output = Path(output)
     cls = choose(config, architecture)
@@ -63,8 +65,8 @@ def export(
         raise HFExportError(f"output = {output}: exists and is not empty. Choose another folder, or remove it first")
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         if tokenizer is not None:
             token_ids |= write_tokenizer(tokenizer, partial, max_length, config.vocab_size)
@@ -75,6 +77,8 @@ def export(
         if output.exists():
             output.rmdir()
         partial.rename(output)
+    except OSError as error:
+        raise HFExportError(f"output = {output} cannot be written: {error}. Free space, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return cls
@@ -132,16 +136,17 @@ def import_(folder: Path | str) -> tuple[ModelConfig, Iterator[tuple[str, Tensor
     Reads config.json and safetensors files, also as transformers' own save_pretrained writes them. The configuration and
     the list of tensors are checked at once, each tensor's shape as it is read; both raise :class:`HFImportError`.
     """
-    from safetensors import safe_open
-
     folder = Path(folder)
     cls, config = read_config(folder)
     files = {_standard_key(cls, key): (file, key) for key, file in _files(folder).items() if not _BUFFERS.search(key)}
 
     def read(key: str) -> Tensor:
         file, stored = files[key]
-        with safe_open(folder / file, framework="pt") as handle:
-            return handle.get_tensor(stored)
+        with _opened(folder / file) as handle:
+            tensor: Tensor = handle.get_tensor(stored)
+        if not tensor.is_floating_point():
+            raise HFImportError(f"{folder / file}: {stored} is {tensor.dtype}. Only weights that are not quantised are read")
+        return tensor
 
     config = _resolve_tying(cls, config, files, read)
     specs = [spec for spec in cls.tensors(config) if not (config.tie_embeddings and spec.key == cls.head)]
@@ -176,18 +181,32 @@ def _standard_key(cls: HFClass, key: str) -> str:
 
 def _files(folder: Path) -> dict[str, str]:
     """Key -> file name, from the index or from the one file's header."""
-    from safetensors import safe_open
-
     if (folder / _INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+        weight_map: Any = read_object(folder / _INDEX, HFImportError, "Copy the folder again").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise HFImportError(f"{folder / _INDEX}: weight_map = {weight_map!r} names no files. Copy the folder again")
+        for key, file in weight_map.items():
+            if not is_plain_name(file):
+                raise HFImportError(f"{folder / _INDEX}: weight_map[{key!r}] = {file!r} is not the name of a file in the folder")
         absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if absent:
             raise HFImportError(f"{folder}: {', '.join(absent)} named by {_INDEX} is not there. Copy the folder again, whole")
-        return weight_map
+        return dict(weight_map)
     if not (folder / _SINGLE).is_file():
         raise HFImportError(f"{folder} has neither {_INDEX} nor {_SINGLE}: only safetensors files are read")
-    with safe_open(folder / _SINGLE, framework="pt") as handle:
+    with _opened(folder / _SINGLE) as handle:
         return dict.fromkeys(handle.keys(), _SINGLE)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise HFImportError(f"{file}: cannot be read as safetensors ({one_line(error)}). Copy it again") from error
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,7 @@ readers need (a hybrid's pattern) and leaves dangerous defaults in place (tied e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
@@ -20,9 +21,14 @@ from megatron_mamba.config import (
     MambaConfig,
     MLPConfig,
     ModelConfig,
+    convert,
 )
+from megatron_mamba.files import one_line, read_object
 from megatron_mamba.model.parameters import count
 
+_KINDS_OF = ModelConfig(name="", pattern="M", hidden_size=1)
+"""Its values say of which type each setting is."""
+_MOST_LAYERS = 10_000
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2", "swiglu": "silu"}
 
 
@@ -73,13 +79,13 @@ def read_config(folder: Path) -> tuple[HFClass, ModelConfig]:
     transformers = _transformers()
     if not (folder / "config.json").is_file():
         raise HFImportError(f"{folder} has no config.json: not a Hugging Face model folder")
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    raw = read_object(folder / "config.json", HFImportError, "Copy the folder again")
     cls = next((c for c in CLASSES if c.model_type == raw.get("model_type")), None)
     if cls is None or (raw.get("architectures") or [cls.architecture]) != [cls.architecture]:
         known = ", ".join(c.architecture for c in CLASSES)
         raise HFImportError(f"{folder}/config.json: architectures = {raw.get('architectures')}, model_type = "
                             f"{raw.get('model_type')!r} cannot be imported. Known: {known}")  # fmt: skip
-    hf = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    hf = _parsed(transformers, folder)
     for key, wanted in cls.fixed.items():
         found = getattr(hf, key, wanted)
         if (tuple(found) if isinstance(found, list) else found) != wanted:
@@ -92,6 +98,23 @@ def read_config(folder: Path) -> tuple[HFClass, ModelConfig]:
     return cls, config
 
 
+def _parsed(transformers: Any, folder: Path) -> Any:
+    """config.json as transformers understands it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    # transformers lets a value of the wrong type meet whatever comes first: its own check of types, or arithmetic.
+    wrong = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # What it would print is in the error.
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except wrong as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise HFImportError(f"{folder}/config.json: transformers refuses it ({problem}). Correct it, or copy it again") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def _unsupported(folder: Path, key: str, value: Any, problem: str) -> HFImportError:
     return HFImportError(f"{folder}/config.json: {key} = {value!r}: {problem}")
 
@@ -100,8 +123,10 @@ def _model_config(cls: HFClass, hf: Any, folder: Path) -> ModelConfig:
     parts: dict[str, dict[str, Any]] = {"": {}, "mamba": {}, "mamba2": {}, "attention": {}, "mlp": {}}
     for key, path in cls.fields.items():
         group, _, name = path.rpartition(".")
-        parts[group][name] = getattr(hf, key, None)
-    pattern = hf.hybrid_override_pattern if cls.unit is None else cls.unit * hf.num_hidden_layers
+        value = getattr(hf, key, None)
+        if value is not None or key not in ("head_dim", "num_key_value_heads"):
+            parts[group][name] = convert(type(attrgetter(path)(_KINDS_OF)), value, key)
+    pattern = hf.hybrid_override_pattern if cls.unit is None else cls.unit * _layers(hf, folder)
     if "E" in pattern:
         raise _unsupported(folder, "hybrid_override_pattern", pattern, "mixture-of-experts layers (E) have no counterpart here")
     if "n_heads" in parts["mamba2"]:
@@ -110,8 +135,10 @@ def _model_config(cls: HFClass, hf: Any, folder: Path) -> ModelConfig:
         parts["mlp"]["activation"] = _activation(cls, getattr(hf, cls.activation_key), folder)
     attention = parts["attention"]
     if attention:
+        if attention["n_heads"] < 1:
+            raise _unsupported(folder, "num_attention_heads", attention["n_heads"], "must be 1 or more")
         attention.setdefault("n_kv_heads", attention["n_heads"])
-        attention["head_dim"] = attention.get("head_dim") or hf.hidden_size // attention["n_heads"]
+        attention.setdefault("head_dim", parts[""]["hidden_size"] // attention["n_heads"])
         attention |= _rope(cls, hf, folder)
     return ModelConfig(
         **parts[""], name="imported", pattern=pattern, norm=cls.norm,
@@ -120,7 +147,14 @@ def _model_config(cls: HFClass, hf: Any, folder: Path) -> ModelConfig:
     )  # fmt: skip
 
 
-def _activation(cls: HFClass, name: str, folder: Path) -> str:
+def _layers(hf: Any, folder: Path) -> int:
+    layers: int = convert(int, getattr(hf, "num_hidden_layers", None), "num_hidden_layers")
+    if not 0 < layers <= _MOST_LAYERS:
+        raise _unsupported(folder, "num_hidden_layers", layers, f"must lie in 1 to {_MOST_LAYERS:,}")
+    return layers
+
+
+def _activation(cls: HFClass, name: Any, folder: Path) -> str:
     for ours, theirs in ACTIVATIONS.items():
         if theirs == name and (ours == "swiglu") == cls.gated:
             return ours
@@ -131,10 +165,13 @@ def _rope(cls: HFClass, hf: Any, folder: Path) -> dict[str, float]:
     if cls.rope == "none":
         return {"rotary_fraction": 0.0}
     rope = hf.rope_parameters
-    if rope.get("rope_type", "default") != "default":
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise _unsupported(folder, "rope_parameters", rope, "only plain RoPE is computed here, without scaling")
     fraction = rope.get("partial_rotary_factor", 1.0) if cls.rope == "partial" else 1.0
-    return {"rotary_fraction": float(fraction), "rope_base": float(rope["rope_theta"])}
+    return {
+        "rotary_fraction": convert(float, fraction, "partial_rotary_factor"),
+        "rope_base": convert(float, rope.get("rope_theta"), "rope_theta"),
+    }
 
 
 def _transformers() -> Any:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mamba.checkpoint.hf_classes import HFExportError
+from megatron_mamba.data.indexed import DataError
 from megatron_mamba.data.tokenizer import load_tokenizer
+from megatron_mamba.files import read_object
 
 _SPACE = "\u2581"
 """SentencePiece's visible space."""
@@ -57,7 +59,8 @@ def write_tokenizer(path: Path | str, folder: Path, max_length: int, vocab_size:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     pad = settings.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    pad_id = None if pad is None else _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(pad)
+    copied = folder / "tokenizer.json"
+    pad_id = _tokenizers().Tokenizer.from_file(str(copied)).token_to_id(pad) if isinstance(pad, str) else None
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
 
 
@@ -68,8 +71,7 @@ def _copy(source: Path, folder: Path) -> dict[str, Any]:
         if (source.parent / name).is_file():
             shutil.copyfile(source.parent / name, folder / name)
     config = source.parent / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return settings
+    return read_object(config, DataError, "Copy it again") if config.is_file() else {}
 
 
 def _rebuild(source: Path, folder: Path) -> dict[str, Any]:

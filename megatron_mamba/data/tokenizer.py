@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megatron_mamba.data.indexed import DataError, atomic_write
+from megatron_mamba.files import read_object
 
 _END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<EOD>")
 _BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -102,7 +102,7 @@ class HuggingFaceTokenizer(_TokenizerFile):
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        config = read_object(config_path, DataError, "Copy it again") if config_path.is_file() else {}
         self.bos_id = self._special(config.get("bos_token"), _BEGIN_TOKENS, ids)
         self.eos_id = self._special(config.get("eos_token"), _END_TOKENS, ids)
 
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(_TokenizerFile):
     def _special(declared: Any, usual: Iterable[str], ids: dict[str, int]) -> int | None:
         name = declared.get("content") if isinstance(declared, dict) else declared
         if name is not None:
-            return ids.get(name)
+            return ids.get(name) if isinstance(name, str) else None
         return next((ids[name] for name in usual if name in ids), None)
 
     def encode(self, text: str) -> list[int]:

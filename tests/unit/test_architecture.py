@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("megatron_mamba", "kernels", "tools")
 ORDER = [
-    "mamba_kernels", "schema", "progress", "files", "layout", "architecture", "config", "parallel", "model", "data", "optim",
+    "mamba_kernels", "schema", "files", "progress", "layout", "architecture", "config", "parallel", "model", "data", "optim",
     "checkpoint", "generate", "train", "evaluate", "tools",
 ]  # fmt: skip
 """A module imports only its own package and those to the left of it."""
