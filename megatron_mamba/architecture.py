@@ -180,5 +180,5 @@ class ModelConfig:
             ],
             "mlp": [SplitUnits("model.mlp.ffn_size", mlp.ffn_size, mlp.ffn_size, "the feed-forward size")],
         }
-        vocabulary = SplitUnits("model.vocab_size", self.vocab_size, self.vocab_size, "the vocabulary")
+        vocabulary = SplitUnits("model.vocab_size", self.vocab_size, self.vocab_size, "the vocabulary", pads=True)
         return [vocabulary, *(units for kind in of_kind if kind in self.layers for units in of_kind[kind])]

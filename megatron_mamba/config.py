@@ -22,7 +22,16 @@ from megatron_mamba.architecture import (  # noqa: F401 (part of this module's i
     ModelConfig,
 )
 from megatron_mamba.layout import ParallelConfig, RecomputeConfig
-from megatron_mamba.schema import ConfigError, PathText, convert, from_dict, require, require_positive, to_dict  # noqa: F401
+from megatron_mamba.schema import (  # noqa: F401
+    ConfigError,
+    PathText,
+    Weights,
+    convert,
+    from_dict,
+    require,
+    require_positive,
+    to_dict,
+)
 
 # ----------------------------------------------------------------------------------------------------------- data
 
@@ -34,8 +43,8 @@ class DataConfig:
     kind: Literal["indexed", "synthetic"] = "indexed"
     path: PathText | None = None
     """Prefix of PREFIX.bin and PREFIX.idx (Megatron-LM's indexed format)."""
-    blend: dict[PathText, float] | None = None
-    """Prefix -> weight, for several corpora."""
+    blend: Weights | None = None
+    """Prefix -> weight, for several corpora; also as a list, of weight and prefix in turn or of {path: PREFIX, weight: WEIGHT}."""
     split: tuple[float, float, float] = (969.0, 30.0, 1.0)
     """Shares of the tokens for train, validation and test, cut in file order: at document borders where all get a sequence."""
     tokenizer: PathText | None = None
@@ -60,9 +69,6 @@ class DataConfig:
         require((self.path is None) != (self.blend is None), "data.path", self.path,
                 "give exactly one of data.path and data.blend",
                 "Pass data.path=PREFIX (the files PREFIX.bin and PREFIX.idx, written by tools/prepare_data.py)")
-        if self.blend is not None:
-            require(bool(self.blend) and all(w > 0 for w in self.blend.values()), "data.blend", self.blend,
-                    "needs at least one prefix and positive weights", "For example data.blend={a:0.7,b:0.3}")
 
 
 # ---------------------------------------------------------------------------------------------------------- optim

@@ -16,7 +16,7 @@ Sums = Literal["step", "micro_batch"]
 class SplitUnits(NamedTuple):
     """Something that tensor parallelism shares out: `units` whole pieces of the setting `field`.
 
-    `shared`: with more ranks than units, the ranks of one unit share it.
+    `shared`: with more ranks than units, the ranks of one unit share it. `pads`: what is added to it goes unused.
     """
 
     field: str
@@ -24,6 +24,7 @@ class SplitUnits(NamedTuple):
     units: int
     what: str
     shared: bool = False
+    pads: bool = False
 
     def fits(self, tp: int) -> bool:
         """Whether `tp` ranks can share the units out evenly."""
@@ -134,9 +135,11 @@ class ParallelConfig:
         others = [str(tp) for tp in (nearest, *[tp for tp in works if tp > self.tp][:1])]
         for unit in units:
             how = "a divisor or a multiple" if unit.shared else "a divisor"
+            padded = -(-unit.value // self.tp) * self.tp
+            padding = f" (a new model may pad it to {padded})" if unit.pads else ""
             require(unit.fits(self.tp), "parallel.tp", self.tp,
                     f"{unit.what} ({unit.field} = {unit.value}) cannot be shared out evenly: it takes {how} of {unit.units}",
-                    f"Set parallel.tp={' or '.join(others)}, or change {unit.field}")  # fmt: skip
+                    f"Set parallel.tp={' or '.join(others)}, or change {unit.field}{padding}")  # fmt: skip
         require(seq_length % self.cp == 0, "parallel.cp", self.cp, f"data.seq_length = {seq_length} is not a multiple of it",
                 f"Make data.seq_length a multiple of {self.cp}")  # fmt: skip
         piece = seq_length // self.cp

@@ -14,6 +14,9 @@ T = TypeVar("T")
 
 PathText = Annotated[str, "path"]
 """The path of a file or folder, as a setting: never empty, and with ~ for the home folder."""
+Weights = Annotated[dict[PathText, float], "weights"]
+"""Path -> weight, as a setting: a mapping, or for paths that cannot be a key on the command line a list, of weight and path in
+turn or of {path: ..., weight: ...}."""
 
 
 class ConfigError(ValueError):
@@ -83,7 +86,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as the type `hint` of the setting `path`; :class:`ConfigError` if it is none."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _path(convert(args[0], value, path), path)
+        return _weights(value, path) if args[1] == "weights" else _path(convert(args[0], value, path), path)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -97,9 +100,6 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         ok = isinstance(value, list | tuple) and len(value) == len(args)
         require(ok, path, value, f"expected {len(args)} values", f"For example {path}=[{','.join('1' * len(args))}]")
         return tuple(convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-    if origin is dict:
-        require(isinstance(value, dict), path, value, "expected a mapping", f"For example {path}={{a:1,b:2}}")
-        return {convert(args[0], str(k), f"{path}[{k}]"): convert(args[1], v, f"{path}[{k}]") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         require(math.isfinite(value), path, value, "is not a finite number", "Write a number, for example 1.0 or 3e-4")
         return float(value)
@@ -111,6 +111,32 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         remedy = f"Quote what reads like {'a truth value' if isinstance(value, bool) else 'a number'}: {path}=\\'{value}\\'"
     require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", remedy)
     return value
+
+
+def _weights(value: Any, path: str) -> dict[str, float]:
+    """What :data:`Weights` describes, as a mapping."""
+    remedy = f'For example {path}={{a:0.7,b:0.3}} or, for any path, {path}=[0.7,"a",0.3,"b"]'
+    entries: list[tuple[str, Any, str, Any]] = []  # what to call the path, the path, what to call the weight, the weight
+    if isinstance(value, dict):
+        entries = [(f"{path}[{key}]", str(key), f"{path}[{key}]", weight) for key, weight in value.items()]
+    elif isinstance(value, list | tuple) and value and all(isinstance(entry, dict) for entry in value):
+        for i, entry in enumerate(value):
+            names = {"path", "weight"}
+            require(entry.keys() == names, f"{path}[{i}]", entry, "expected the keys path and weight", "Give both, and no other")
+            entries.append((f"{path}[{i}].path", entry["path"], f"{path}[{i}].weight", entry["weight"]))
+    else:
+        require(isinstance(value, list | tuple), path, value, "expected corpora with their weights", remedy)
+        require(len(value) % 2 == 0, path, value, "expected weight and path in turn, but their number is odd", remedy)
+        entries = [(f"{path}[{i + 1}]", value[i + 1], f"{path}[{i}]", value[i]) for i in range(0, len(value), 2)]
+    weights: dict[str, float] = {}
+    for path_field, text, weight_field, weight in entries:
+        number = convert(float, weight, weight_field)
+        name = convert(PathText, text, path_field)
+        require(name not in weights, path_field, name, "is given twice", "Give each corpus once, with the sum of its weights")
+        require(number > 0, weight_field, weight, "must be positive", "Raise it, or leave the corpus out")
+        weights[name] = number
+    require(bool(weights), path, value, "names no corpus", remedy)
+    return weights
 
 
 def _path(text: str, path: str) -> str:

@@ -117,7 +117,7 @@ def read_prompts(settings: Arguments) -> list[str]:
     if text[:1] in ("'", '"') or text[:2] in ("['", '["'):
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         prompts = value if isinstance(value, list) else [value]
         if all(isinstance(prompt, str) for prompt in prompts):

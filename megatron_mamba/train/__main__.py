@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import math
 import re
 import sys
 import typing
@@ -18,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from megatron_mamba.config import Config, ConfigError, from_dict, require, to_dict
 
@@ -34,6 +37,8 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 _PLAIN_INTERPOLATION = re.compile(r"\$\{\s*(required\s*:|[^:{}$]*\})")
 """Begins what a saved configuration may interpolate: the value of another setting, or what must be given."""
 
+_YAML_BYTES, _YAML_VALUES = 1 << 20, 50_000
+"""Largest saved configuration, and the most values in it with its aliases written out: a run's has some hundred."""
 _HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 """Flags with which Hydra prints something and starts nothing."""
 
@@ -53,6 +58,9 @@ def compose_tree(overrides: Sequence[str], saved: str | Path | None = None) -> d
     _register_defaults()
     name = "train" if saved is None else _register_saved(Path(saved).expanduser())
     arguments = [_argument(text, groups, saved is not None) for text in overrides]
+    if any(argument.startswith("++data.blend=") for argument in arguments):
+        # Another blend takes the place of a saved one: Hydra would merge the two.
+        arguments.insert(0, "++data.blend=null")
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra.compose(name, arguments)
@@ -186,12 +194,14 @@ def _register_saved(path: Path) -> str:
     """Make a run's config.yaml a primary config; returns its name."""
     remedy = "Give the config.yaml of a run: --config RUN_DIR/config.yaml"
     try:
-        saved = OmegaConf.load(path)
+        saved = _load_yaml(path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError("--config", str(path), "no such file", remedy) from error
     except OSError as error:
         raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})", remedy) from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError("--config", str(path), "is nested too deep for a configuration", remedy) from error
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
     require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)
     for key in ("defaults", "hydra"):  # They would read other files, which nobody looks through.
@@ -215,14 +225,38 @@ def _refuse_resolvers(tree: Any, key: str, path: Path) -> None:
         require("${" not in plain, key, tree, f"{path} may refer to its own values only", f"Give it on the command line: {key}=...")
 
 
+def _load_yaml(path: Path) -> Any:
+    """The file as OmegaConf reads it, which copies whatever an alias names: only once it is known to stay small then."""
+    with open(path, "rb") as file:
+        content = file.read(_YAML_BYTES + 1)
+    if len(content) > _YAML_BYTES:
+        raise YAMLError(f"more than {_YAML_BYTES:,} bytes")
+    text = content.decode("utf-8")
+    if _written_out(yaml.compose(text, yaml.SafeLoader), {}) > _YAML_VALUES:
+        raise YAMLError(f"more than {_YAML_VALUES:,} values once its aliases are written out")
+    return OmegaConf.load(io.StringIO(text))
+
+
+def _written_out(node: Node | None, sizes: dict[int, float]) -> float:
+    """Number of values under `node` with aliases written out; infinite if it holds itself. `sizes`: of nodes met before."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inner = node.value if isinstance(node, SequenceNode) else []
+        inner = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else inner
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in inner)
+    return sizes[id(node)]
+
+
 def _argument(text: str, groups: dict[str, list[str]], saved: bool) -> str:
     """One override, checked for its grammar. Settings get Hydra's ++, which leaves unknown ones to :func:`from_dict`: it
     knows the nearest name, and it lets a group that is off (trainer.batch_ramp=null) be switched on key by key."""
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         key, _, value = text.partition("=")
         remedy = f"Write SETTING=VALUE, with quotes around special characters: '{key}=\"...\"'"
+        if key == "data.blend":
+            remedy = f"Keys take no quotes: write such paths as a list, '{key}=[0.7,\"...\",0.3,\"...\"]'"
         raise ConfigError(key, value, "cannot be read", remedy) from error
     key, value = override.key_or_group, text.partition("=")[2]
     require(not override.is_sweep_override(), key, value, "several values",
