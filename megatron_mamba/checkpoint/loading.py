@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -29,7 +30,7 @@ from megatron_mamba.checkpoint.storage import (
     read_manifest,
     read_safetensors_header,
 )
-from megatron_mamba.files import plain_name
+from megatron_mamba.files import one_line, plain_name, read_object
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -101,8 +102,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         damage = [str(error)]
     if damage:
         raise CheckpointError(f"checkpoint {path} is damaged: {damage[0]}. Use another one")
-    metadata: dict[str, Any] = json.loads((path / METADATA).read_bytes())
-    return metadata
+    return read_object(path / METADATA, CheckpointError, "Use another checkpoint")
 
 
 def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Path | None:
@@ -272,10 +272,23 @@ def _some(names: set[str]) -> str:
 
 
 def _read_rank_state(path: Path, ranks: Ranks) -> dict[str, Any]:
-    manifest, file = read_manifest(path), rank_file(ranks.rank)
+    manifest, file = read_manifest(path), path / rank_file(ranks.rank)
     world_size = manifest.get("world_size")
-    if world_size == ranks.size and file in manifest["files"]:
-        state: dict[str, Any] = torch.load(path / file, map_location="cpu", weights_only=True)
+    state, problem = None, None
+    if world_size == ranks.size and file.name in manifest["files"]:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            problem = None if isinstance(state, dict) else f"holds a {type(state).__name__}"
+        except pickle.UnpicklingError:
+            # What torch says of it advises to load it all the same.
+            problem = "holds objects that are not plain data, which no checkpoint of this program has"
+        except (RuntimeError, EOFError, OSError) as error:
+            problem = f"cannot be read ({one_line(error)})"
+        problem = problem and f"file {file.name} {problem}"
+    problems = ranks.reduce(problem, lambda found: [line for line in found if line])
+    if problems:
+        raise CheckpointError(f"checkpoint {path}: {'; '.join(problems)}. It was not loaded: use another checkpoint")
+    if state is not None:
         return state
     if ranks.rank == 0:
         reason = f"{world_size} ranks saved it, {ranks.size} load it" if world_size != ranks.size else "none was saved"

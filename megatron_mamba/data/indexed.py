@@ -24,6 +24,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from megatron_mamba.files import inner_path, read_object
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES: dict[int, np.dtype[Any]] = {
@@ -180,8 +182,15 @@ class IndexedReader:
         borders, n_sequences = self._borders[documents], len(self._pointers)
         if not n_sequences:
             return np.zeros(len(borders), np.int64)
+        self._require_within(borders, n_sequences, "a document starts at sequence")
         starts = self._pointers[np.minimum(borders, n_sequences - 1)] // self.dtype.itemsize
+        self._require_within(starts, self.n_tokens, "a document starts at token")
         return np.where(borders == n_sequences, self.n_tokens, starts)
+
+    def _require_within(self, values: np.ndarray, last: int, what: str) -> None:
+        wrong = values[(values < 0) | (values > last)]
+        if len(wrong):
+            raise DataError(f"{idx_path(self.prefix)}: {what} {wrong[0]} of {last}: the file is corrupt. Write the corpus again")
 
     def start_of(self, document: int) -> int:
         """Position in `tokens` of the first token of one document (n_documents: the corpus' end)."""
@@ -316,18 +325,16 @@ class Metadata:
         path = cls.path(prefix)
         if not path.exists():
             return None
-        types = {"int": int, "str": str}
-        try:
-            data = json.loads(path.read_bytes())
-            wrong = [f.name for f in dataclasses.fields(cls) if not isinstance(data[f.name], types[str(f.type)])]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: not a record written by tools/prepare_data.py ({error!r}). Move it away to use the "
-                "corpus without it, or write the corpus again"
-            ) from error
-        if wrong:
-            raise DataError(f"{path}: {', '.join(wrong)} has the wrong type. Move the file away to use the corpus without it")
-        return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+        types, remedy = {"int": int, "str": str}, "Move it away to use the corpus without it, or write the corpus again"
+        data = read_object(path, DataError, remedy)
+        if missing := [f.name for f in dataclasses.fields(cls) if f.name not in data]:
+            raise DataError(f"{path}: not a record written by tools/prepare_data.py: {', '.join(missing)} is missing. {remedy}")
+        if wrong := [f.name for f in dataclasses.fields(cls) if type(data[f.name]) is not types[str(f.type)]]:
+            raise DataError(f"{path}: {', '.join(wrong)} has the wrong type. {remedy}")
+        record = cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
+        if not inner_path(record.tokenizer):
+            raise DataError(f"{path}: tokenizer = {record.tokenizer!r} does not lie in the corpus' folder. {remedy}")
+        return record
 
     def tokenizer_path(self, prefix: str | Path) -> Path:
         """Where the recorded tokenizer lies now."""

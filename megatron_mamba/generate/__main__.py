@@ -19,7 +19,8 @@ from megatron_mamba.config import ConfigError, ParallelConfig, PathText, from_di
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mamba.generate import GenerationSettings, generate
-from megatron_mamba.generate.loading import load_model
+from megatron_mamba.generate.loading import check_finite, load_model
+from megatron_mamba.generate.sampling import NotFiniteError
 from megatron_mamba.model import LanguageModel
 from megatron_mamba.parallel.context import ParallelContext
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         _run(parse(arguments))
-    except (ConfigError, CheckpointError, DataError) as error:
+    except (ConfigError, CheckpointError, DataError, NotFiniteError) as error:
         _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -135,6 +136,7 @@ def _run(settings: Arguments) -> None:
     try:
         started = time.perf_counter()
         model, _ = load_model(folder, context, precision)
+        check_finite(model, folder)
         require(tokenizer.vocab_size <= model.config.vocab_size, "tokenizer", str(tokenizer.path),
                 f"has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
                 "Name the tokenizer the model was trained with")  # fmt: skip

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_mamba.checkpoint import load, read_metadata, resolve
+from megatron_mamba.checkpoint import CheckpointError, load, read_metadata, resolve
 from megatron_mamba.config import ModelConfig, from_dict
 from megatron_mamba.model import LanguageModel, build
 from megatron_mamba.model.lm import DTYPES
 from megatron_mamba.model.module import TableModule
 from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel.fsdp import local
 
 
 def load_model(checkpoint: str | Path, context: ParallelContext, precision: str = "fp32") -> tuple[LanguageModel, dict[str, Any]]:
@@ -34,6 +35,16 @@ def load_model(checkpoint: str | Path, context: ParallelContext, precision: str 
         model.output.weight = model.embedding.weight
     model.requires_grad_(False).eval()
     return model, load(folder, {"model": dict(model.named_parameters())})
+
+
+def check_finite(model: LanguageModel, checkpoint: str | Path) -> None:
+    """Raise CheckpointError, naming it, for a parameter with values that are no finite numbers: all that follows is none."""
+    for name, parameter in model.named_parameters():
+        if not all(bool(bound.isfinite()) for bound in local(parameter.detach()).aminmax()):
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: parameter {name} has values that are not finite numbers (NaN or infinite): its training "
+                "had gone wrong. Use an earlier checkpoint"
+            )
 
 
 def _narrow(model: LanguageModel, dtype: torch.dtype) -> None:

@@ -37,6 +37,10 @@ class GenerationSettings:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)", "Use a small whole number")
 
 
+class NotFiniteError(ArithmeticError):
+    """Logits from which no token can be drawn."""
+
+
 class Sampler:
     """Draws one token a row and call. Row i has a random stream of its own, which only the seed and i decide: what a row
     draws depends neither on how many rows there are, nor on the device."""
@@ -49,7 +53,11 @@ class Sampler:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        """Token ids `[B]` int64 for logits `[B, V]`."""
+        """Token ids `[B]` int64 for logits `[B, V]`. Raises :class:`NotFiniteError` for logits with NaN, or infinite ones."""
+        if not bool(logits_BV.amax(dim=-1).isfinite().all()):
+            raise NotFiniteError(
+                "the model's logits are not finite numbers: no token can be drawn. Use precision=fp32, or another checkpoint"
+            )
         if self.settings.temperature == 0:
             return logits_BV.argmax(dim=-1)
         probabilities, tokens = candidates(logits_BV, self.settings)

@@ -159,6 +159,25 @@ def test_fsdp2_training_continues_on_another_mesh(tmp_path: Path) -> None:
         run_ranks(world, resume)
 
 
+def test_state_of_a_rank_that_is_not_plain_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with torch's advice to load it all the same."""
+    saver = manager(tmp_path / "checkpoints")
+    # A harmless object, which is refused like any other.
+    saver.save(1, state_at(1), {}, rank_state={"path": tmp_path})
+    saver.save(2, state_at(2), {}, rank_state={"a": 1})
+    saver.close()
+
+    def refused(step: int, message: str) -> None:
+        with pytest.raises(CheckpointError, match=rf"file rank_00000\.pt {message}.*use another checkpoint") as error:
+            load(tmp_path / "checkpoints" / f"step_{step:08d}", state_at(0), rank_state={})
+        assert "weights_only" not in str(error.value)
+        assert "\n" not in str(error.value)
+
+    refused(1, "holds objects that are not plain data")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: [1])
+    refused(2, "holds a list")
+
+
 def test_rank_state_returns_to_its_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def save(rank: int) -> None:
         saver = manager(tmp_path / "checkpoints")

@@ -341,3 +341,16 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     run_ranks(2, save)
     assert names(folder) == ["step_00000001", "step_00000002"]
     verify(folder / "step_00000002")
+
+
+def test_nesting_too_deep_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(_: object) -> None:
+        raise RecursionError("nested too deep")
+
+    for name in ("manifest.json", "a.safetensors"):
+        (tmp_path / name).write_bytes(bytes(8))
+    monkeypatch.setattr("megatron_mamba.checkpoint.storage.json.loads", too_deep)
+    with pytest.raises(CheckpointError, match="is not a manifest: RecursionError"):
+        storage.read_manifest(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a safetensors file: RecursionError"):
+        storage.read_safetensors_header(tmp_path / "a.safetensors")

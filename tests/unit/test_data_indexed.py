@@ -131,6 +131,18 @@ def test_check_finds_what_sizes_do_not_show(tmp_path: Path, position: int) -> No
         IndexedReader(tmp_path / "c").check()
 
 
+@pytest.mark.parametrize("value", [-2, -(2**62), 1000, 2**62])
+@pytest.mark.parametrize("position", [34 + 16 + 16, 34 + 16 + 32 + 8])
+def test_positions_outside_the_corpus_are_named(tmp_path: Path, position: int, value: int) -> None:
+    """A start of a sequence and a border of a document (of 4 sequences, 6 tokens): no such place is read, whoever asks for it."""
+    index = bytearray(write_golden(tmp_path / "c"))
+    index[position : position + 8] = value.to_bytes(8, "little", signed=True)
+    idx_path(tmp_path / "c").write_bytes(index)
+    reader = IndexedReader(tmp_path / "c")
+    with pytest.raises(DataError, match=r"c\.idx: a document starts at (sequence|token) -?\d+ of \d: the file is corrupt"):
+        _ = reader.document_lengths
+
+
 def test_failed_writer_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
     index = write_golden(tmp_path / "c")
 
@@ -172,10 +184,17 @@ def test_metadata_round_trip_and_damage(tmp_path: Path) -> None:
     assert record.tokenizer_path(tmp_path / "c") == tmp_path / "c.tokenizer" / "tokenizer.model"
     path = Metadata.path(tmp_path / "c")
     for text, words in (
-        ("{", "not a record"),
-        ('{"tokens": 1}', "not a record"),
-        (path.read_text().replace("100", '"x"'), "vocab_size"),
+        ("{", "is no JSON"),
+        ("[1]", "holds no object of JSON, but a list"),
+        ('{"tokens": 1}', "not a record .* tokenizer, .* is missing"),
+        (path.read_text().replace("100", '"x"'), "vocab_size has the wrong type"),
+        (path.read_text().replace("100", "true"), "vocab_size has the wrong type"),
+        (
+            path.read_text().replace("c.tokenizer/", "../"),
+            r"tokenizer = '\.\./tokenizer\.model' does not lie in the corpus' folder",
+        ),
+        (path.read_text().replace("c.tokenizer/", "/etc/"), "does not lie in the corpus' folder"),
     ):
         path.write_text(text)
-        with pytest.raises(DataError, match=f"c.json: .*{words}"):
+        with pytest.raises(DataError, match=f"c.json: .*{words}.*Move it away to use the corpus without it"):
             Metadata.read(tmp_path / "c")

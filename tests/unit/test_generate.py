@@ -19,8 +19,8 @@ from megatron_mamba.config import ConfigError, to_dict
 from megatron_mamba.data.tokenizer import load_tokenizer
 from megatron_mamba.generate import GenerationSettings, Sampler, generate, prefill
 from megatron_mamba.generate.__main__ import TextStream, main, parse, read_prompts
-from megatron_mamba.generate.loading import load_model
-from megatron_mamba.generate.sampling import candidates
+from megatron_mamba.generate.loading import check_finite, load_model
+from megatron_mamba.generate.sampling import NotFiniteError, candidates
 from megatron_mamba.model import LanguageModel
 from megatron_mamba.parallel.context import ParallelContext
 from tiny import ARCHITECTURES, assert_equal, one_process, random_model, random_tokens, tiny
@@ -290,6 +290,31 @@ def test_load_model(context: ParallelContext, tmp_path: Path, name: str) -> None
 def test_load_model_errors(context: ParallelContext, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_model(tmp_path, context)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(context: ParallelContext, tmp_path: Path, value: float) -> None:
+    model = random_model(ARCHITECTURES["hybrid"], context, precision="fp32")
+    dict(model.named_parameters())["layers.2.norm.weight"].to_local().detach()[3] = value
+    save(model, tmp_path / "checkpoints")
+    loaded, _ = load_model(tmp_path, context)
+    with pytest.raises(CheckpointError, match=r"parameter layers\.2\.norm\.weight has values that are not finite numbers"):
+        check_finite(loaded, tmp_path)
+    for settings in (GREEDY, GenerationSettings(max_new_tokens=2)):
+        with pytest.raises(NotFiniteError, match=r"logits are not finite numbers.*precision=fp32"):
+            generate(loaded, [[1, 2]], settings, None)
+
+
+def test_generation_refuses_a_model_of_nan(
+    context: ParallelContext, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParallelContext, "create", classmethod(lambda *_: context))
+    monkeypatch.setattr(ParallelContext, "close", lambda _: None)
+    model = random_model(tiny("M*-", vocab_size=300), context, precision="fp32")
+    dict(model.named_parameters())["final_norm.weight"].to_local().detach()[0] = math.nan
+    save(model, tmp_path / "checkpoints", run / "tokenizer.model")
+    assert main([f"checkpoint={tmp_path}", "prompt=a", "device=cpu"]) == 2
+    assert "error: checkpoint " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
