@@ -125,10 +125,11 @@ def test_too_long_a_line_is_named_or_skipped(tmp_path: Path, packed: bool, endin
     path.write_bytes(zstandard.compress(content) if packed else content)
     with pytest.raises(DataError, match=rf"{path.name}, line 21: longer than 300 bytes. Allow more with --max-line-bytes"):
         documents(path, max_line_bytes=limit)
-    found = documents(path, max_line_bytes=limit, skip_bad=True)
-    assert [i for i, text in enumerate(found) if text is None] == [20, 39]
-    assert found[5] == "x" * (limit - 12)
-    assert found[6:20] == TEXTS[6:20]
+    for shard_bytes in (100, 100_000):
+        found = documents(path, shard_bytes=shard_bytes, max_line_bytes=limit, skip_bad=True)
+        assert [i for i, text in enumerate(found) if text is None] == [20, 39]
+        assert found[5] == "x" * (limit - 12)
+        assert found[6:20] == TEXTS[6:20]
 
 
 def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,8 @@ def test_remedies_of_a_bad_line_lead_on(source: Path, tmp_path: Path, remedy: st
     assert finished
     if remedy == "mend":
         path.write_text("\n".join(lines))
+        changed = min((tmp_path / "good").iterdir())  # in the first of the finished shards
+        changed.write_text("x" * len(changed.read_text()))
     changes: dict = {"key": {"json_key": "body"}, "skip": {"skip_bad": True}, "longer": {"max_line_bytes": 1000}}
     options = changes.get(remedy, {})
     again: list[str] = []
@@ -206,6 +208,25 @@ def test_remedies_of_a_bad_line_lead_on(source: Path, tmp_path: Path, remedy: st
     assert finished - set(again)
     prepare(given, source / "tok.model", tmp_path / "d", **options)
     assert files_of(tmp_path / "c")[:2] == files_of(tmp_path / "d")[:2]
+
+
+def test_work_that_left_out_bad_lines_is_not_taken_for_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n" + "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(150)))
+    tokenise = module.tokenise_shard
+
+    def killed(shard, *rest):
+        if shard.number == 2:
+            raise KeyboardInterrupt
+        return tokenise(shard, *rest)
+
+    monkeypatch.setattr(module, "tokenise_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([path], source / "tok.model", tmp_path / "c", skip_bad=True)
+    assert (tmp_path / "c.shards" / "00000000.json").exists()
+    monkeypatch.setattr(module, "tokenise_shard", tokenise)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: "):
+        prepare([path], source / "tok.model", tmp_path / "c")
 
 
 def test_second_command_to_one_output_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,3 +155,17 @@ def test_hugging_face_tokenizer_is_lossless(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).eod_id == 0
     copy = save_tokenizer(tmp_path, tmp_path / "checkpoint")
     assert load_tokenizer(copy.parent).eod_id == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "is no JSON"), ("[1]", "holds no object of JSON, but a list"), ('{"eos_token": ["a"]}', None)]
+)
+def test_wrong_tokenizer_config_is_one_line(tmp_path: Path, content: str, words: str | None) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    if words is None:
+        assert load_tokenizer(tmp_path).eos_id is None
+        return
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {words}.*Copy it again"):
+        load_tokenizer(tmp_path)
