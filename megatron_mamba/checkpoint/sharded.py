@@ -179,7 +179,7 @@ class CheckpointManager:
     def _publish(self, folder: Path, step: int) -> None:
         """Give a complete folder its final name; one of the same step makes room, and comes back if we die half-way."""
         final, replaced = self.path(step), self.directory / f"{REPLACED}step_{step:08d}"
-        if final.exists():
+        if os.path.lexists(final):  # A link too, even one that points to a disk that is not there now.
             os.rename(final, replaced)
         os.rename(folder, final)
         sync_folder(self.directory)
@@ -187,7 +187,7 @@ class CheckpointManager:
         write_file(pointer, [f"{final.name}\n".encode()])
         os.replace(pointer, self.directory / LATEST)
         sync_folder(self.directory)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             _remove(replaced)
 
     def _prune(self, step: int) -> None:
@@ -210,7 +210,7 @@ class CheckpointManager:
         try:
             for path in self.directory.glob(f"{REPLACED}step_*"):
                 original = self.directory / path.name.removeprefix(REPLACED)
-                if original.exists():
+                if os.path.lexists(original):
                     _remove(path)
                 else:
                     os.rename(path, original)

@@ -120,7 +120,7 @@ def prepare(
                     else:
                         progress.update(shard.size, documents=sum(r.documents for r in results))
             metadata = _join(output, job.folder, results, loaded, settings)
-            shutil.rmtree(job.folder)
+            _remove(job.folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -201,7 +201,7 @@ def _claim(output: Path, folder: Path, work: str, settings: str, overwrite: bool
                 f"{folder}: holds {n_finished} finished parts from other inputs or another tokenizer. Repeat that command, or "
                 "start afresh with --overwrite"
             )
-        shutil.rmtree(folder)
+        _remove(folder)
     if not stamp.exists():
         there = [path for path in (idx_path(output), bin_path(output), Metadata.path(output)) if path.exists()]
         record = None if overwrite and len(there) < 3 else Metadata.read(output)
@@ -218,6 +218,12 @@ def _claim(output: Path, folder: Path, work: str, settings: str, overwrite: bool
         for stale in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
             stale.unlink()
     return None
+
+
+def _remove(folder: Path) -> None:
+    """Delete the shards, also where the folder is a link to a disk with more room."""
+    shutil.rmtree(folder.resolve())
+    folder.unlink(missing_ok=True)
 
 
 def _run(

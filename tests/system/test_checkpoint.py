@@ -263,6 +263,22 @@ def test_a_checkpoint_that_was_moved_and_linked_back(tmp_path: Path, caplog: pyt
     verify(moved)
 
 
+def test_a_checkpoint_on_another_disk_linked_back(tmp_path: Path) -> None:
+    """It is resumed from; retention and a save of the same step remove the link and leave what it points to."""
+    folder = tmp_path / "checkpoints"
+    save_steps(folder, 1, 2)
+    for step in ("step_00000001", "step_00000002"):
+        (folder / step).rename(tmp_path / step)
+        (folder / step).symlink_to(tmp_path / step)
+    assert same(loaded(resolve(folder)), state_at(2))
+    (folder / "step_00000003").symlink_to(tmp_path / "not mounted")
+    (folder / ".tmp-step_00000004").symlink_to(tmp_path / "step_00000001")  # As a process leaves it that dies while it prunes.
+    save_steps(folder, 2, 3, keep_last=1)
+    assert names(folder) == ["step_00000003"]
+    assert not [*folder.glob(".tmp-*"), *folder.glob(".old-*")]
+    assert [same(loaded(tmp_path / f"step_0000000{n}"), state_at(n)) for n in (1, 2)] == [True, True]
+
+
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     present = []
     publish = CheckpointManager._publish

@@ -275,6 +275,14 @@ def test_bad_input_is_named(source: Path, tmp_path: Path) -> None:
     refused(tmp_path / "empty.txt", "no document with text")
 
 
+def test_shards_may_lie_on_another_disk(source: Path, reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "c.shards").symlink_to(tmp_path / "scratch")
+    prepare(inputs(source), source / "tok.model", tmp_path / "c")
+    assert files_of(tmp_path / "c") == files_of(reference)
+    assert {path.name for path in tmp_path.iterdir()} == {"c.bin", "c.idx", "c.json", "c.tokenizer"}
+
+
 def test_full_disk_is_said_and_finished_work_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenise = module.tokenise_shard
 
