@@ -6,13 +6,15 @@ Importing the package does not import torch (the tokenising processes of tools/p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mamba.config import Config, ConfigError
 from megatron_mamba.data.blend import BlendedDataset
 from megatron_mamba.data.indexed import DataError, IndexedReader, Metadata
 from megatron_mamba.data.packing import SPLITS, Dataset, PackedDataset, Sample, split_documents
+from megatron_mamba.data.standing import SYNTHETIC, Standing
 from megatron_mamba.data.synthetic import SyntheticDataset
 from megatron_mamba.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256
 
@@ -32,6 +34,18 @@ class Datasets:
     tokenizer: Path | None
     """File of the tokenizer (data.tokenizer, or the one recorded with the corpus); None: nobody named one."""
     tokenizer_sha256: str | None
+    standing: Standing
+    readers: dict[str, IndexedReader]
+    """The corpora by prefix; none of synthetic data."""
+    parts: Sequence[dict[str, Dataset]]
+    """Of train, validation and test: the samples of each corpus; empty without a share."""
+
+    def at(self, standing: Standing) -> Datasets:
+        """The same corpora, blended in the order of `standing`, and those to train on read from where it says."""
+        weights = standing.weights
+        built = [BlendedDataset([part[prefix] for prefix in weights], weights) if part else None for part in self.parts]
+        train = BlendedDataset([self.parts[0][prefix] for prefix in weights], weights, standing.since, standing.befores)
+        return replace(self, train=train, valid=built[1], test=built[2], standing=standing)
 
 
 def build_datasets(config: Config) -> Datasets:
@@ -43,29 +57,28 @@ def build_datasets(config: Config) -> Datasets:
     data = config.data
     tokenizer = None if data.tokenizer is None else find_tokenizer(data.tokenizer)
     sha256 = None if tokenizer is None else tokenizer_sha256(tokenizer)
-    built: list[Dataset | None] = []
+    standing = Standing.of_config(data)
+    parts: list[dict[str, Dataset]] = []
+    readers: dict[str, IndexedReader] = {}
     if data.kind == "synthetic":
         options = {"vocab_size": config.model.vocab_size, "seq_length": data.seq_length, "seed": data.seed}
-        built += [
-            SyntheticDataset(split=split, **options) if share else None for split, share in zip(SPLITS, data.split, strict=True)
-        ]
+        for split, share in zip(SPLITS, data.split, strict=True):
+            parts.append({SYNTHETIC: SyntheticDataset(split=split, **options)} if share else {})
     else:
-        weights = {str(data.path): 1.0} if data.blend is None else data.blend
-        readers = {prefix: IndexedReader(prefix) for prefix in weights}
+        readers = {prefix: IndexedReader(prefix) for prefix in standing.weights}
         tokenizer, sha256 = _check_tokenizer(config, readers, tokenizer, sha256)
         shares = {prefix: split_documents(reader, data.split, data.seq_length + 1) for prefix, reader in readers.items()}
         for number, split in enumerate(SPLITS):
-            parts = [
-                PackedDataset(
+            parts.append({
+                prefix: PackedDataset(
                     reader, shares[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
                     vocab_size=config.model.vocab_size, cache_dir=data.cache_dir,
                 )
                 for prefix, reader in readers.items() if data.split[number]
-            ]  # fmt: skip
-            built.append(BlendedDataset(parts, weights) if len(parts) > 1 else parts[0] if parts else None)
-    train, valid, test = built
+            })  # fmt: skip
+    train, valid, test = (next(iter(part.values()), None) for part in parts)
     assert train is not None, "DataConfig.validate wants a positive share for training"
-    return Datasets(train, valid, test, tokenizer, sha256)
+    return Datasets(train, valid, test, tokenizer, sha256, standing, readers, parts).at(standing)
 
 
 def _metadata(reader: IndexedReader) -> Metadata | None:

@@ -88,17 +88,28 @@ class Blend:
         choices = self._choices[places]
         return choices, periods * np.asarray(self.counts)[choices] + self._ranks[places]
 
+    def taken(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples are of each corpus."""
+        periods, rest = divmod(samples, len(self._choices))
+        return (periods * np.asarray(self.counts) + np.bincount(self._choices[:rest], minlength=len(self.counts))).tolist()
+
 
 class BlendedDataset:
-    """Samples of several datasets in the proportions of `weights`."""
+    """Samples of several datasets in the proportions of `weights`.
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Mapping[str, float]) -> None:
+    `since`: the number of the first one; `befores`: how many samples of each dataset come before those.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], weights: Mapping[str, float], since: int = 0, befores: Sequence[int] | None = None
+    ) -> None:
         self._datasets, self._blend = datasets, Blend(weights)
+        self._since, self._befores = since, befores or [0] * len(datasets)
         period = sum(self._blend.counts)
         self.samples_per_epoch = min(d.samples_per_epoch * period // n for d, n in zip(datasets, self._blend.counts, strict=True))
 
     def __getitem__(self, number: int) -> Sample:
-        if number < 0:
-            raise IndexError(f"sample {number}: numbers start at 0")
-        corpus, inner = self._blend.locate(number)
-        return self._datasets[int(corpus)][int(inner)]
+        if number < self._since:
+            raise IndexError(f"sample {number}: numbers start at {self._since}")
+        corpus, inner = map(int, self._blend.locate(number - self._since))
+        return self._datasets[corpus][self._befores[corpus] + inner]
