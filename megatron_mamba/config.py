@@ -57,6 +57,9 @@ class DataConfig:
     seed: int = 1234
     cache_dir: PathText | None = None
     """Where sample indices are cached; default: beside the data."""
+    on_change: Literal["error", "restart"] = "error"
+    """A resume with a corpus that was replaced or is read otherwise than before (split, seq_length, seed), so that samples would
+    repeat and validation text be trained on, stops, or begins that corpus anew. A changed blend just goes on."""
     prefetch: int = 2
     """Micro-batches read ahead by the loader's thread."""
 
@@ -338,12 +341,9 @@ class Config:
             if check is not None:
                 check()
         self.check_layout()
-        sizes = [self.trainer.global_batch_size]
-        if self.trainer.batch_ramp is not None:
-            sizes += [self.trainer.batch_ramp.start, self.trainer.batch_ramp.increment]
-        for size in sizes:
-            require(size % self.trainer.micro_batch_size == 0, "trainer.micro_batch_size", self.trainer.micro_batch_size,
-                    f"a global batch of {size} is not a multiple of it", f"Choose a divisor of {size}")
+        size = self.trainer.global_batch_size
+        require(size % self.trainer.micro_batch_size == 0, "trainer.micro_batch_size", self.trainer.micro_batch_size,
+                f"a global batch of {size} is not a multiple of it", f"Choose a divisor of {size}")
         return self
 
     def check_layout(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from megatron_mamba.config import OptimConfig, ScheduleConfig, TrainerConfig, require
+from megatron_mamba.config import Config, OptimConfig, ScheduleConfig, TrainerConfig, require
 
 
-def learning_rate(config: OptimConfig, consumed_samples: int, train_samples: int, seq_length: int) -> float:
+def learning_rate(config: OptimConfig, consumed_samples: float, train_samples: int, seq_length: int) -> float:
     """Learning rate of the optimizer step that starts after `consumed_samples` sequences of `seq_length` tokens.
 
     It rises linearly from 0 to ``config.lr`` over the warm-up, then follows ``config.schedule.kind``:
@@ -27,6 +27,19 @@ def learning_rate(config: OptimConfig, consumed_samples: int, train_samples: int
     fraction = (consumed_samples - decay_start) / (decay_end - decay_start)
     remaining = 0.5 * (1 + math.cos(math.pi * fraction)) if config.schedule.kind == "cosine" else 1 - fraction
     return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def schedule_position(config: Config, consumed_samples: int, consumed_tokens: int) -> float:
+    """Where on its schedule a run is, in sequences of data.seq_length: by the tokens of a run measured in trainer.train_tokens,
+    whose earlier sequences may have had another length."""
+    return consumed_samples if config.trainer.train_tokens is None else consumed_tokens / config.data.seq_length
+
+
+def last_sample(config: Config, consumed_samples: int, consumed_tokens: int) -> int:
+    """Samples that a run will have consumed at its end: trainer.train_samples, or as many more as trainer.train_tokens leaves."""
+    if config.trainer.train_tokens is None:
+        return config.train_samples
+    return consumed_samples + max(0, math.ceil((config.trainer.train_tokens - consumed_tokens) / config.data.seq_length))
 
 
 def global_batch_size(trainer: TrainerConfig, consumed_samples: int) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
+from megatron_mamba.optim import global_batch_size
 from megatron_mamba.parallel.context import ParallelContext
 
-
-def check_start(config: Config, context: ParallelContext) -> None:
-    """What must hold before anything is built (a collective)."""
-    check_batches(config, context)
-    check_folders(config, context)
+_UNUSED = {
+    "data": {"path", "blend", "on_change", "cache_dir", "prefetch"},
+    "trainer": {
+        "watchdog_seconds", "heartbeat_seconds", "health_check", "health_interval", "replica_check_interval", "stop_after_samples",
+    },
+}  # fmt: skip
+"""Settings that make no other training, or of which data/standing.py says more."""
 
 
 def check_folders(config: Config, context: ParallelContext) -> None:
@@ -41,13 +44,16 @@ def _cannot_write(folder: Path) -> str:
     return ""
 
 
-def check_batches(config: Config, context: ParallelContext) -> None:
-    """Every batch must share out evenly over data-parallel ranks and micro-batches, and the run must hold one."""
+def check_batches(config: Config, context: ParallelContext, consumed_samples: int = 0) -> None:
+    """Every batch after `consumed_samples` must share out evenly over data-parallel ranks and micro-batches, and a new run must
+    hold one."""
     settings = {"trainer.global_batch_size": config.trainer.global_batch_size}
     sizes = list(settings.values())
-    if (ramp := config.trainer.batch_ramp) is not None:
-        settings |= {"trainer.batch_ramp.start": ramp.start, "trainer.batch_ramp.increment": ramp.increment}
-        sizes += range(ramp.start, config.trainer.global_batch_size, ramp.increment)
+    now = global_batch_size(config.trainer, consumed_samples)
+    if (ramp := config.trainer.batch_ramp) is not None and now < config.trainer.global_batch_size:
+        settings |= {"trainer.batch_ramp.start": ramp.start} if now == ramp.start else {}
+        settings |= {"trainer.batch_ramp.increment": ramp.increment}
+        sizes += range(now, config.trainer.global_batch_size, ramp.increment)
     for field, value in settings.items():
         config.trainer.micro_batches(field, value, context.dp_size)
     for size in sizes:
@@ -56,7 +62,7 @@ def check_batches(config: Config, context: ParallelContext) -> None:
         config.parallel.check_micro_batches(field, settings[field], size, micro_batches)
     first = min(sizes)
     require(
-        config.train_samples >= first,
+        consumed_samples > 0 or config.train_samples >= first,
         "trainer.train_samples",
         config.train_samples,
         f"shorter than one global batch of {first} samples",
@@ -64,27 +70,51 @@ def check_batches(config: Config, context: ParallelContext) -> None:
     )
 
 
-def check_same_model(config: Config, saved: dict[str, Any], path: Path) -> None:
-    """A run goes on with its own model. Raises ConfigError naming the first setting of another one."""
-    ours = to_dict(config)
-    # Settings of mixers that the pattern does not use make no difference.
-    unused = {"name", *set(MIXER_KINDS.values()) - set(config.model.layers)}
-    old = dict(_leaves({k: v for k, v in saved["model"].items() if k not in unused}, "model"))
-    new = dict(_leaves({k: v for k, v in ours["model"].items() if k not in unused}, "model"))
-    for key, value in new.items():
-        if old.get(key) != value:
+def check_same_model(config: Config, saved: dict[str, Any], path: Path, *, resumes: bool) -> list[str]:
+    """A run goes on with its own model, or starts (not `resumes`) from weights of the same model; returns what may differ then
+    and does, each as ``name old -> new``. Raises ConfigError naming the first setting of another model."""
+    old, new = (_model_settings(model, config.model.layers) for model in (saved["model"], to_dict(config)["model"]))
+    differing = [key for key in new if old.get(key) != new[key]]
+    for key in differing:
+        # A longer context may want another base: the weights fit, and learn the rest.
+        if resumes or key != "model.attention.rope_base":
             raise ConfigError(
                 key,
-                value,
+                new[key],
                 f"the checkpoint {path} is of another model, with {old.get(key)!r}",
-                "Give the run another run.dir, or the model it was started with",
+                "Give the run another run.dir, or the model it was started with"
+                if resumes
+                else "Start from weights of this model, or set it as the checkpoint has it",
             )
+    return [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in differing]
+
+
+def _model_settings(model: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """What tells models apart: not how new weights are drawn, where stages of a pipeline begin, or mixers that are not used."""
+    unused = {"name", "init", *set(MIXER_KINDS.values()) - set(layers)}
+    kept = {key: value for key, value in model.items() if key not in unused}
+    return dict(_leaves(kept | {"pattern": model["pattern"].replace("|", "")}, "model."))
+
+
+def check_units(config: Config, consumed_samples: int, consumed_tokens: int) -> None:
+    """Once sequences have had another length, samples and tokens no longer say the same: a schedule has one unit, the run's."""
+    if consumed_tokens == consumed_samples * config.data.seq_length:
+        return
+    unit, other = ("samples", "tokens") if config.trainer.train_samples is not None else ("tokens", "samples")
+    for name in ("warmup", "decay"):
+        value = getattr(config.optim.schedule, f"{name}_{other}")
+        problem = f"the run is measured in trainer.train_{unit}, and data.seq_length has changed since its first sample"
+        require(value is None, f"optim.schedule.{name}_{other}", value, problem, f"Give it as optim.schedule.{name}_{unit}")
 
 
 def changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:
-    """Names of the settings that make another training than the saved one."""
+    """The settings that make another training than the saved one, each as ``name old -> new``."""
     ours, groups = to_dict(config), ("data", "optim", "trainer", "parallel", "recompute")
-    return [f"{group}.{key}" for group in groups for key in ours[group] if saved.get(group, {}).get(key) != ours[group][key]]
+    kept = [
+        {g: {k: v for k, v in tree.get(g, {}).items() if k not in _UNUSED.get(g, ())} for g in groups} for tree in (saved, ours)
+    ]
+    old, new = (dict(_leaves(tree)) for tree in kept)
+    return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
 
 
 def mesh_name(sizes: dict[str, int]) -> str:
@@ -92,9 +122,9 @@ def mesh_name(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
-def _leaves(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{path}.{key}")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{path}.{key}", value
+            yield f"{prefix}{key}", value

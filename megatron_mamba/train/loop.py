@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mamba_kernels import backend
-from megatron_mamba.checkpoint import CheckpointManager, load, read_metadata, resolve, rng_state, set_rng_state
+from megatron_mamba.checkpoint import CheckpointManager, load, rng_state, set_rng_state
 from megatron_mamba.config import Config, ConfigError, to_dict
 from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
 from megatron_mamba.data.loader import Batch, Loader
@@ -30,8 +30,10 @@ from megatron_mamba.optim import (
     clip_,
     global_batch_size,
     global_grad_norm,
+    last_sample,
     learning_rate,
     optimizer_state,
+    schedule_position,
     set_learning_rate,
 )
 from megatron_mamba.parallel import health
@@ -39,13 +41,14 @@ from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
-from megatron_mamba.train.checks import changed_settings, check_same_model, check_start, mesh_name
+from megatron_mamba.train.checks import check_batches, check_folders
 from megatron_mamba.train.diary import write_config
 from megatron_mamba.train.evaluation import finished, is_evaluated, sample_groups
 from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import draw_run
 from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
+from megatron_mamba.train.resume import Start, find_start, place_data
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +98,23 @@ class Trainer:
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
-        check_start(config, context)
+        check_folders(config, context)
+        self.manager = CheckpointManager(
+            config.checkpoint_dir,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            async_save=config.checkpoint.async_save,
+            on_damage=config.checkpoint.on_damage,
+        )
+        start = find_start(config, context, self.manager)
+        check_batches(config, context, start.counters.consumed_samples)
         learning_rate(config.optim, 0, config.train_samples, config.data.seq_length)
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         backend.FUSED = config.trainer.kernels == "fused"
         self.readings = self._examined()
         self.kernels = check_kernels(config, context) if config.trainer.health_check else None
-        self.data = build_datasets(config)
+        self.data = place_data(config, context, build_datasets(config), start)
         # What is put off under a zero-bubble schedule costs time too.
         timed = config.parallel.balance == "time" and context.size("pp") > 1
         costs = measured_costs(config, replace(context, deferred=None)) if timed else None
@@ -117,31 +129,24 @@ class Trainer:
         self.parameters = [parameter for _, parameter in self.pipeline.named_parameters()]
         self.table = parameter_table(config.model)
         self.optimizer = build_optimizer(self.pipeline.named_parameters(), self.table, config.optim)
-        self.manager = CheckpointManager(
-            config.checkpoint_dir,
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-            async_save=config.checkpoint.async_save,
-            on_damage=config.checkpoint.on_damage,
-        )
         self._tokenizer: str | None = None
         if self.data.tokenizer is not None and self.is_main:
             folder = Path(config.checkpoint_dir)
             # Recorded relative to the checkpoints' folder, which may be moved.
             self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
-        self.step = self.consumed_samples = self.consumed_tokens = 0
+        self.step = self.consumed_samples = self.consumed_tokens = self.passed_over = 0
         self.saved_step = self.checked_step = 0
-        self.passed_over = 0  # Samples that were read and then left behind: they train nothing.
         self.save_is_due = False
         self.told = False  # To stop, as some rank was: on all ranks alike.
         self.last_trouble = ""
         self.origin = f"initial weights of seed {config.run.seed}"
         self.trouble = Trouble(config.trainer.spike, config.trainer.max_skipped_steps)
-        self._start_or_resume()
+        self.train_samples = config.train_samples
+        self._load(start)
         self.looked_step = self.step  # Examined above.
         if self.is_main:
             write_config(config, self.run_dir)
-        self.metrics = MetricLogger(config, self.run_dir, self.is_main, self.consumed_samples, self.step)
+        self.metrics = MetricLogger(config, self.run_dir, self.is_main, self.consumed_samples, self.step, self.train_samples)
         self._reached = watchdog.reached if watchdog is not None else lambda step, phase: None
         self.timer = PhaseTimer(context.device, lambda phase: self._reached(self.step, phase))
         self.seconds = Counter[str]()
@@ -156,7 +161,7 @@ class Trainer:
         """Train to the end, to the requested stop, or to a signal; always leaves a checkpoint of where it stopped."""
         config, end = self.config, self._last_sample()
         self.metrics.log(self._description(), kind="event")
-        if self.consumed_samples + self._batch_size() > config.train_samples and self._is_evaluated():
+        if self.consumed_samples + self._batch_size() > self.train_samples and self._is_evaluated():
             self.metrics.log({"message": finished(config, self.step), "event": "finished", "step": self.step}, kind="event")
             return
         if config.eval.interval and self.step and self.step % config.eval.interval == 0 and not self._is_evaluated("valid"):
@@ -165,7 +170,7 @@ class Trainer:
             self._rewind()
         self._save()
         self.manager.wait()
-        if self.consumed_samples + self._batch_size() > config.train_samples and not self.told:
+        if self.consumed_samples + self._batch_size() > self.train_samples and not self.told:
             for split, dataset in (("valid", self.data.valid), ("test", self.data.test)):
                 if not self._is_evaluated(split):
                     self._evaluate(split, dataset)
@@ -216,7 +221,7 @@ class Trainer:
             )
         self.manager.wait()
         counted = self.trouble.counters() | {"rewinds": rewinds}
-        self._start_or_resume()
+        self._load(Start.of_run(self.manager))
         self.trouble.restore(self.trouble.state() | counted)
         self.passed_over = reached - self.consumed_samples
         self.looked_step = min(self.looked_step, self.step)
@@ -255,7 +260,8 @@ class Trainer:
         if worst:
             self._report_rerun(own.what, first, passes, transient=again < worst, skipped=skipped)
         with self.timer.phase("optimizer"):
-            lr = learning_rate(config.optim, self.consumed_samples, config.train_samples, config.data.seq_length)
+            position = schedule_position(config, self.consumed_samples, self.consumed_tokens)
+            lr = learning_rate(config.optim, position, config.train_samples, config.data.seq_length)
             if not skipped:
                 clip_(self.parameters, passes.norm, config.optim.clip_grad)
                 set_learning_rate(self.optimizer, lr)
@@ -405,42 +411,31 @@ class Trainer:
                 "config": to_dict(self.config),
                 "mesh": self.mesh,
                 "tokenizer": self._tokenizer,
+                "data": self.data.standing.to_dict(),
             }
             self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())
         self.saved_step, self.save_is_due = self.step, False
 
-    def _start_or_resume(self) -> None:
-        """Continue from the latest checkpoint of the run, or take over weights from checkpoint.init_from."""
-        latest = self.manager.latest()
-        if latest is None:
-            if self.config.checkpoint.init_from is not None:
-                source = resolve(self.config.checkpoint.init_from)
-                self._metadata_of(source)
-                load(source, {"model": self._tensors()["model"]})
-                self.origin = f"weights of {source}"
+    def _load(self, start: Start) -> None:
+        """Continue from a checkpoint of the run, or take over the weights of another."""
+        if start.source is None:
             return
-        metadata = self._metadata_of(latest)
+        if not start.resumes:
+            load(start.source, {"model": self._tensors()["model"]})
+            self.origin = f"weights of {start.source}"
+            return
         rank_state: dict[str, Any] = {}
-        load(latest, self._tensors(), rank_state=rank_state, verified=True)
+        load(start.source, self._tensors(), rank_state=rank_state, verified=True)
         if rank_state:
             set_rng_state(rank_state)
-        self.step = self.saved_step = self.checked_step = metadata["step"]
-        self.consumed_samples, self.consumed_tokens = metadata["consumed_samples"], metadata["consumed_tokens"]
-        self.passed_over, self.save_is_due = metadata.get("passed_over", 0), False
-        self.trouble.restore(metadata)
-        self.origin = f"checkpoint {latest}"
-
-    def _metadata_of(self, source: Path) -> dict[str, Any]:
-        """What the trainer that saved `source` knew: another model is refused, other settings and another mesh are named."""
-        metadata = read_metadata(source)
-        check_same_model(self.config, metadata["config"], source)
-        changed = changed_settings(self.config, metadata["config"])
-        if self.is_main and changed:
-            log.warning("other settings than those of %s: %s", source, ", ".join(changed))
-        if self.is_main and metadata.get("mesh", self.mesh) != self.mesh:
-            was, is_ = mesh_name(metadata["mesh"]), mesh_name(self.mesh)
-            log.warning("%s was saved on %s and is laid out anew over %s", source, was, is_)
-        return metadata
+        counters = start.counters
+        self.step, self.passed_over = counters.step, counters.passed_over
+        self.consumed_samples, self.consumed_tokens = counters.consumed_samples, counters.consumed_tokens
+        self.train_samples = last_sample(self.config, self.consumed_samples, self.consumed_tokens)
+        self.saved_step = self.checked_step = self.step
+        self.save_is_due = False
+        self.trouble.restore(start.metadata)
+        self.origin = f"checkpoint {start.source}"
 
     # ------------------------------------------------------------------------------------------------ counting
 
@@ -449,7 +444,7 @@ class Trainer:
 
     def _last_sample(self) -> int:
         stop = self.config.trainer.stop_after_samples
-        return min(self.config.train_samples, stop) if stop is not None else self.config.train_samples
+        return min(self.train_samples, stop) if stop is not None else self.train_samples
 
     def _index_batches(self, consumed: int) -> Iterator[list[int]]:
         """Sample numbers of this rank's micro-batches from `consumed` on: a pure function of the samples consumed."""
@@ -469,6 +464,7 @@ class Trainer:
             "event": "start" if self.step == 0 else "resume",
             "step": self.step,
             "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
             "parameters": parameters,
             "flops_per_token": self.flops_per_token,
             "world_size": self.context.world_size,

@@ -131,7 +131,15 @@ class MetricLogger:
     file cannot take waits in memory, and a dashboard that fails is reported once and left out from then on.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, is_main: bool, consumed_samples: int = 0, step: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str | Path,
+        is_main: bool,
+        consumed_samples: int = 0,
+        step: int = 0,
+        train_samples: int | None = None,
+    ) -> None:
         self._seq_length, self._main = config.data.seq_length, is_main
         self._sinks: dict[str, Sink] = {}
         self._failures: list[str] = []
@@ -150,8 +158,9 @@ class MetricLogger:
                         raise OSError(f"{folder} cannot be written")
                     self._sinks[name] = make()
         # The live bar comes last: W&B may ask for a login on the same terminal.
+        total = config.train_samples if train_samples is None else train_samples
         self._bar = Progress(
-            config.train_samples, "train", "samples", completed=consumed_samples, interval=math.inf,
+            total, "train", "samples", completed=consumed_samples, interval=math.inf,
             shown=is_main and config.logging.console,
         )  # fmt: skip
         if is_main and self._jsonl.odd:

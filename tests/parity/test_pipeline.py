@@ -226,6 +226,8 @@ def test_batches_that_a_schedule_cannot_order(
     one_replica: ParallelContext = SimpleNamespace(dp_size=1)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=message):
         check_batches(config, one_replica)
+    if ramp is not None:
+        check_batches(config, one_replica, consumed_samples=100)
     check_batches(replace(config, parallel=ParallelConfig(pp=2, schedule="zbv")), one_replica)
 
 

@@ -279,9 +279,9 @@ def test_a_spike_sends_the_run_back_and_past_its_samples(first: int, tmp_path: P
     train(config_for(tmp_path / "b", trainer=spike))
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     # Weights, moments and learning rates are those of a process that starts at step 4.
-    resume = loop.Trainer._start_or_resume
+    resume = loop.Trainer._load
     train(config_for(tmp_path / "c", trainer={"stop_after_samples": 16}))
-    monkeypatch.setattr(loop.Trainer, "_start_or_resume", lambda self: (resume(self), setattr(self, "passed_over", passed_over)))
+    monkeypatch.setattr(loop.Trainer, "_load", lambda self, start: (resume(self, start), setattr(self, "passed_over", passed_over)))
     train(config_for(tmp_path / "c"))
     assert losses(tmp_path / "c") == losses(tmp_path / "a")
 
