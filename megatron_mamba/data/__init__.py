@@ -6,7 +6,7 @@ Importing the package does not import torch (the tokenising processes of tools/p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,8 +35,6 @@ class Datasets:
     """File of the tokenizer (data.tokenizer, or the one recorded with the corpus); None: nobody named one."""
     tokenizer_sha256: str | None
     standing: Standing
-    readers: dict[str, IndexedReader]
-    """The corpora by prefix; none of synthetic data."""
     parts: Sequence[dict[str, Dataset]]
     """Of train, validation and test: the samples of each corpus; empty without a share."""
 
@@ -48,9 +46,10 @@ class Datasets:
         return replace(self, train=train, valid=built[1], test=built[2], standing=standing)
 
 
-def build_datasets(config: Config) -> Datasets:
+def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]], dict[str, str]] = lambda _: {}) -> Datasets:
     """Open the corpora of `config.data` and check them against each other, the tokenizer and the model.
 
+    `identify` gives the fingerprints by prefix, by which a checkpoint and the caches of indices know the corpora.
     Raises :class:`DataError` for damaged files, splits without a full sequence or another tokenizer than the corpus',
     and ConfigError for a model.vocab_size below the tokenizer's.
     """
@@ -59,7 +58,6 @@ def build_datasets(config: Config) -> Datasets:
     sha256 = None if tokenizer is None else tokenizer_sha256(tokenizer)
     standing = Standing.of_config(data)
     parts: list[dict[str, Dataset]] = []
-    readers: dict[str, IndexedReader] = {}
     if data.kind == "synthetic":
         options = {"vocab_size": config.model.vocab_size, "seq_length": data.seq_length, "seed": data.seed}
         for split, share in zip(SPLITS, data.split, strict=True):
@@ -67,18 +65,19 @@ def build_datasets(config: Config) -> Datasets:
     else:
         readers = {prefix: IndexedReader(prefix) for prefix in standing.weights}
         tokenizer, sha256 = _check_tokenizer(config, readers, tokenizer, sha256)
+        standing = standing.filled(contents := identify(readers.values()))
         shares = {prefix: split_documents(reader, data.split, data.seq_length + 1) for prefix, reader in readers.items()}
         for number, split in enumerate(SPLITS):
             parts.append({
                 prefix: PackedDataset(
                     reader, shares[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
-                    vocab_size=config.model.vocab_size, cache_dir=data.cache_dir,
+                    vocab_size=config.model.vocab_size, cache_dir=data.cache_dir, contents=contents.get(prefix),
                 )
                 for prefix, reader in readers.items() if data.split[number]
             })  # fmt: skip
     train, valid, test = (next(iter(part.values()), None) for part in parts)
     assert train is not None, "DataConfig.validate wants a positive share for training"
-    return Datasets(train, valid, test, tokenizer, sha256, standing, readers, parts).at(standing)
+    return Datasets(train, valid, test, tokenizer, sha256, standing, parts).at(standing)
 
 
 def _metadata(reader: IndexedReader) -> Metadata | None:

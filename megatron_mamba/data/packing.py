@@ -93,13 +93,15 @@ class PackedDataset:
     """The samples of a share of a corpus.
 
     `vocab_size`: ids at or above it (a corpus of another tokenizer, or damage) raise :class:`DataError` when read.
-    `cache_dir`: where epochs' indices of large corpora are kept; default PREFIX.cache.
+    `cache_dir`: where epochs' indices of large corpora are kept; default PREFIX.cache. They are found again by `contents`, the
+    corpus' fingerprint, or, without it, by place, sizes and times of its files.
     """
 
     def __init__(
         self, reader: IndexedReader, share: Share, *, split: str, seq_length: int, seed: int, vocab_size: int,
-        cache_dir: str | Path | None = None,
+        cache_dir: str | Path | None = None, contents: str | None = None,
     ) -> None:  # fmt: skip
+        self._contents = contents
         self._reader, self._share, self._split, self._seed = reader, share, split, seed
         self._documents = share.documents
         self._length, self._vocab_size = seq_length, vocab_size
@@ -171,9 +173,10 @@ class PackedDataset:
     def _key(self, epoch: int) -> str:
         index = idx_path(self._reader.prefix)
         files = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (index, bin_path(self._reader.prefix))]
+        corpus = (str(index.resolve()), files) if self._contents is None else (self._contents,)
         whole = self._share == Share.of(self._reader, self._documents)
         share = self._documents if whole else self._share
-        parts = (_INDEX_VERSION, str(index.resolve()), files, share, self._seed, self._split, epoch)
+        parts = (_INDEX_VERSION, *corpus, share, self._seed, self._split, epoch)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
     def _store(self, path: Path, epoch: int) -> None:

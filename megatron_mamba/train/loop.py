@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import draw_run
 from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
-from megatron_mamba.train.resume import Start, find_start, place_data
+from megatron_mamba.train.resume import Start, find_start, place_data, shared_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class Trainer:
         backend.FUSED = config.trainer.kernels == "fused"
         self.readings = self._examined()
         self.kernels = check_kernels(config, context) if config.trainer.health_check else None
-        self.data = place_data(config, context, build_datasets(config), start)
+        self.data = place_data(config, context, build_datasets(config, partial(shared_fingerprints, context)), start)
         # What is put off under a zero-bubble schedule costs time too.
         timed = config.parallel.balance == "time" and context.size("pp") > 1
         costs = measured_costs(config, replace(context, deferred=None)) if timed else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_mamba.checkpoint import CheckpointManager, read_metadata, resolve
 from megatron_mamba.config import Config, ConfigError
 from megatron_mamba.data import Datasets
 from megatron_mamba.data.fingerprint import fingerprints
+from megatron_mamba.data.indexed import IndexedReader
 from megatron_mamba.data.standing import Standing
 from megatron_mamba.data.tokenizer import tokenizer_sha256
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
@@ -83,15 +85,19 @@ def find_start(config: Config, context: ParallelContext, manager: CheckpointMana
     return start
 
 
+def shared_fingerprints(context: ParallelContext, readers: Iterable[IndexedReader]) -> dict[str, str]:
+    """What tells the corpora apart, by prefix: read by one rank for all (a collective)."""
+    return context.gather(fingerprints(readers) if context.global_rank == 0 else {})[0]
+
+
 def place_data(config: Config, context: ParallelContext, data: Datasets, start: Start) -> Datasets:
-    """The data from where the run's checkpoint left each corpus on (a collective: one rank reads fingerprints for all).
+    """The data from where the run's checkpoint left each corpus on (a collective).
 
     Raises ConfigError on all ranks for data that the run cannot go on with.
     """
     is_main = context.global_rank == 0
-    found = fingerprints(data.readers.values()) if is_main else {}
     saved = _saved_tokenizer(start)
-    contents, of_checkpoint = context.gather((found, tokenizer_sha256(saved) if is_main and saved is not None else None))[0]
+    of_checkpoint = context.gather(tokenizer_sha256(saved) if is_main and saved is not None else None)[0]
     if None not in (of_checkpoint, data.tokenizer_sha256) and of_checkpoint != data.tokenizer_sha256:
         problem = f"its sha256 is {data.tokenizer_sha256}, that of the checkpoint's tokenizer {saved} is {of_checkpoint}"
         if start.resumes:
@@ -99,13 +105,13 @@ def place_data(config: Config, context: ParallelContext, data: Datasets, start: 
             raise ConfigError("data.tokenizer", str(data.tokenizer), problem, remedy)
         if is_main:
             log.warning("data.tokenizer = %s: %s. If ids mean other text, its weights are of no use", data.tokenizer, problem)
-    standing = data.standing.filled(contents)
-    if start.resumes:
-        position = start.counters.consumed_samples + start.counters.passed_over
-        was = Standing.of_checkpoint(start.metadata)
-        standing, changes = was.continued(standing, position, config.data.on_change == "restart")
-        if is_main and changes:
-            log.warning("other data than that of %s: %s", start.source, "; ".join(changes))
+    if not start.resumes:
+        return data
+    position = start.counters.consumed_samples + start.counters.passed_over
+    was = Standing.of_checkpoint(start.metadata)
+    standing, changes = was.continued(data.standing, position, config.data.on_change == "restart")
+    if is_main and changes:
+        log.warning("other data than that of %s: %s", start.source, "; ".join(changes))
     return data.at(standing)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_mamba.data import packing
-from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter, build_once
+from megatron_mamba.data.fingerprint import fingerprint
+from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter, bin_path, build_once, idx_path
 from megatron_mamba.data.packing import Dataset, PackedDataset, Share, split_documents
 from megatron_mamba.data.permutation import Permutation
 from megatron_mamba.data.synthetic import NOISE, SyntheticDataset
@@ -142,6 +143,26 @@ def test_index_on_disk_equals_index_in_memory(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data\.cache_dir"):
         packed(reader, cache_dir=tmp_path / "file")[0]
+
+
+def test_an_index_is_found_by_contents_not_by_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "CACHED_FROM", 0)
+
+    def stamped(prefix: Path, lengths: list[int]) -> IndexedReader:
+        reader = corpus(prefix, lengths)
+        for path in (bin_path(prefix), idx_path(prefix)):
+            os.utime(path, (1, 1))
+        return reader
+
+    folder = {"cache_dir": tmp_path / "cache"}
+    first = stamped(tmp_path / "c", LENGTHS)
+    packed(first, contents=fingerprint(first), **folder)[0]
+    replaced = stamped(tmp_path / "c", LENGTHS[::-1])
+    expected = packed(replaced, cache_dir=tmp_path / "other")
+    assert same(packed(replaced, contents=fingerprint(replaced), **folder), expected, list(range(20)))
+    monkeypatch.setattr(PackedDataset, "_build_index", None)
+    moved = corpus(tmp_path / "d", LENGTHS)
+    packed(moved, contents=fingerprint(moved), **folder)[0]
 
 
 def _first_sample(prefix: Path) -> list[int]:
