@@ -26,11 +26,13 @@ from megatron_mamba.schema import (  # noqa: F401
     ConfigError,
     PathText,
     Weights,
+    check_names,
     convert,
     from_dict,
     require,
     require_positive,
     to_dict,
+    to_yaml,
 )
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
 
 T = TypeVar("T")
 
@@ -46,24 +49,59 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that every loader of YAML reads it as text: OmegaConf's takes 1e5 for a number, and those of YAML 1.2 0o7."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        plain = text[:1].isalpha() or text[:1] in ("/", "_")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def to_yaml(tree: Any, escape: bool = True) -> str:
+    """Plain data as YAML, in ASCII, that ``--config`` reads back to the same values; without `escape`, each ${...} in a text stays
+    what refers to another value."""
+    return yaml.dump(_escaped(tree) if escape else tree, Dumper=_Dumper, sort_keys=False)
+
+
+def _escaped(value: Any) -> Any:
+    """The data with a backslash before each ${, which OmegaConf would replace, and twice those that are there already."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     """Build dataclass `cls` from nested plain data, checking keys and types.
 
     Raises :class:`ConfigError` for an unknown key (with the nearest known one), a missing key or a value of the wrong type.
     """
-    require(isinstance(data, dict), path or "config", data, "expected a group of settings", "Write key: value pairs")
+    check_names(cls, data, path)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in data.items():
-        if key not in fields:
-            near = [*difflib.get_close_matches(str(key), fields, n=1), *_settings_called(str(key), cls)]
-            remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(fields)}"
-            raise ConfigError(_join(path, key), value, "unknown setting", remedy)
     hints = typing.get_type_hints(cls, include_extras=True)
     built = {key: convert(hints[key], value, _join(path, key)) for key, value in data.items()}
     for name, spec in fields.items():
         if name not in built and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ConfigError(_join(path, name), None, "is required and was not given", f"Set {_join(path, name)}=...")
     return cls(**built)
+
+
+def check_names(cls: Any, data: Any, path: str = "") -> None:
+    """Raise :class:`ConfigError` for a key of nested plain data that dataclass `cls` does not have, with the nearest known one."""
+    require(isinstance(data, dict), path or "config", data, "expected a group of settings", "Write key: value pairs")
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        if key not in hints:
+            near = [*difflib.get_close_matches(str(key), hints, n=1), *_settings_called(str(key), cls)]
+            remedy = f"Did you mean {_join(path, near[0])}?" if near else f"Known: {', '.join(hints)}"
+            raise ConfigError(_join(path, key), value, "unknown setting", remedy)
+        for group in (hints[key], *typing.get_args(hints[key])):
+            if dataclasses.is_dataclass(group) and isinstance(value, dict):
+                check_names(group, value, _join(path, key))
 
 
 def _settings_called(name: str, cls: Any, path: str = "") -> list[str]:
@@ -108,7 +146,8 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     exact = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     remedy = f"Give a value of type {hint.__name__}"
     if hint is str and isinstance(value, int | float):
-        remedy = f"Quote what reads like {'a truth value' if isinstance(value, bool) else 'a number'}: {path}=\\'{value}\\'"
+        text = "TEXT" if isinstance(value, float) else value  # 1e5 was read as 100000.0.
+        remedy = f"Quote what reads like {'a truth value' if isinstance(value, bool) else 'a number'}: {path}=\\'{text}\\'"
     require(exact, path, value, f"expected {hint.__name__}, got {type(value).__name__}", remedy)
     return value
 
@@ -118,7 +157,9 @@ def _weights(value: Any, path: str) -> dict[str, float]:
     remedy = f'For example {path}={{a:0.7,b:0.3}} or, for any path, {path}=[0.7,"a",0.3,"b"]'
     entries: list[tuple[str, Any, str, Any]] = []  # what to call the path, the path, what to call the weight, the weight
     if isinstance(value, dict):
-        entries = [(f"{path}[{key}]", str(key), f"{path}[{key}]", weight) for key, weight in value.items()]
+        for key in value:
+            require(isinstance(key, str), path, key, "is a name that reads like a number", "As a path, write it with ./ before it")
+        entries = [(f"{path}[{key}]", key, f"{path}[{key}]", weight) for key, weight in value.items()]
     elif isinstance(value, list | tuple) and value and all(isinstance(entry, dict) for entry in value):
         for i, entry in enumerate(value):
             names = {"path", "weight"}

@@ -29,7 +29,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
-from megatron_mamba.config import Config, ConfigError, from_dict, require, to_dict
+from megatron_mamba.config import Config, ConfigError, check_names, from_dict, require, to_dict, to_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 """Hydra's folder of groups and options (a link to the repository's configs/, or package data in an installed wheel)."""
@@ -54,6 +54,34 @@ def compose(overrides: Sequence[str], saved: str | Path | None = None) -> Config
 
 def compose_tree(overrides: Sequence[str], saved: str | Path | None = None) -> dict[str, Any]:
     """As :func:`compose`, but plain data in which no value has been checked yet."""
+    composed = _composed(overrides, saved)
+    try:
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key or ""
+        if key.partition(".")[0] != "model":
+            raise ConfigError(key, MISSING, "stands for a value that is missing", f"Set {key}=...") from error
+        remedy = f"Choose one: {', '.join(config_groups()['model'])}"
+        raise ConfigError("model", None, "is required and was not given", remedy) from error
+    except OmegaConfBaseException as error:
+        raise _as_config_error(error, overrides) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def composed_yaml(overrides: Sequence[str], saved: str | Path | None = None, *, resolve: bool = False) -> str:
+    """What Hydra composes, as YAML that ``--config`` reads. Names are checked and values are not; what is missing is ???, and what
+    refers to another value still does so unless `resolve`. Raises :class:`ConfigError`."""
+    composed = _composed(overrides, saved)
+    try:
+        tree = OmegaConf.to_container(composed, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise _as_config_error(error, overrides) from error
+    check_names(Config, tree)
+    return to_yaml(tree, escape=resolve)
+
+
+def _composed(overrides: Sequence[str], saved: str | Path | None) -> DictConfig:
     groups = config_groups()
     _register_defaults()
     name = "train" if saved is None else _register_saved(Path(saved).expanduser())
@@ -63,15 +91,9 @@ def compose_tree(overrides: Sequence[str], saved: str | Path | None = None) -> d
         arguments.insert(0, "++data.blend=null")
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = hydra.compose(name, arguments)
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        # Only the model has settings without a default.
-        raise ConfigError("model", None, "is required and was not given", f"Choose one: {', '.join(groups['model'])}") from error
+            return hydra.compose(name, arguments)
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_config_error(error, overrides) from error
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
 
 
 def config_groups() -> dict[str, list[str]]:
@@ -93,13 +115,19 @@ def main() -> None:
 
 
 def _main() -> None:
-    arguments, saved = _split_saved(sys.argv[1:])
+    arguments, saved = _split(sys.argv[1:], "--config")
+    rest, shown = _split(arguments, "--cfg", "-c")
     flags = [argument for argument in arguments if argument.startswith("-")]
-    if _HYDRA_FLAGS.intersection(flags):
-        _register_defaults()
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(lambda config: None)()
-        return
     try:
+        if shown == "job" and {*rest} & {*flags} <= {"--resolve"}:
+            settings = [argument for argument in rest if argument not in flags]
+            print(composed_yaml(settings, saved, resolve=settings != rest), end="")
+            return
+        if _HYDRA_FLAGS.intersection(flag.partition("=")[0] for flag in flags):
+            require(saved is None, "--config", saved, f"does not go with {' '.join(flags)}", "Use --config FILE --cfg job")
+            _register_defaults()
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(lambda config: None)()
+            return
         require(not flags, "command line", " ".join(flags), "unknown flag", "Known: --config FILE, --cfg job, --info, --help")
         config = compose(arguments, saved)
     except ConfigError as error:
@@ -125,7 +153,7 @@ def _main() -> None:
 def log_folder(arguments: Sequence[str]) -> None:
     """Print where launch/torchrun.sh leaves its logs for such a command line: run.dir/logs. Ends with code 2 and one message on
     stderr for one that cannot work."""
-    rest, saved = _split_saved(list(arguments))
+    rest, saved = _split(arguments, "--config")
     if any(argument.startswith("-") for argument in rest):  # To be told so, or to be shown something, by what is started.
         print("logs")
         return
@@ -150,16 +178,16 @@ def _report(error: Exception, code: int) -> int:
     return code
 
 
-def _split_saved(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
-    rest, saved, given = [], None, iter(arguments)
+def _split(arguments: Sequence[str], *flags: str) -> tuple[list[str], str | None]:
+    """Take ``FLAG VALUE`` or ``FLAG=VALUE`` out of the arguments; the value is None where no such flag is given."""
+    rest, value, given = [], None, iter(arguments)
     for argument in given:
-        flag, _, value = argument.partition("=")
-        if flag != "--config":
+        flag, equals, text = argument.partition("=")
+        if flag in flags:
+            value = text if equals else next(given, "")
+        else:
             rest.append(argument)
-            continue
-        saved = value or next(given, "")
-    return rest, saved
+    return rest, value
 
 
 # ------------------------------------------------------------------------------------------------ what Hydra composes

@@ -17,9 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import yaml
-
-from megatron_mamba.config import Config, to_dict
+from megatron_mamba.config import Config, to_dict, to_yaml
 from megatron_mamba.data.indexed import atomic_write
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ def write_config(config: Config, run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     try:
         with atomic_write(path) as file:
-            file.write(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+            file.write(to_yaml(to_dict(config)).encode())
     except OSError as error:
         log.warning("%s cannot be written (%s): the run goes on, and its checkpoints hold its configuration", path, _reason(error))
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_mamba.checkpoint import CheckpointError
-from megatron_mamba.config import Config, ConfigError, TrainerConfig, from_dict, to_dict
+from megatron_mamba.config import Config, ConfigError, TrainerConfig, from_dict, to_dict, to_yaml
 from megatron_mamba.data.indexed import DataError
 from megatron_mamba.model.parameters import count
 from megatron_mamba.train.__main__ import CONFIG_DIR, compose, compose_tree, config_groups, log_folder, main
@@ -255,7 +255,7 @@ def saved(tmp_path):
         ["model=transformer_tiny", "recipe=empirical_study_3_5t", "data.blend={a/b:1,c:2}", "run.name='a: b'", "data.split=[1,1,0]"]
     )
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(to_yaml(to_dict(config)))
     return config, path
 
 
