@@ -185,6 +185,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_mamba"
 
 
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables that say how many processes were started along with this one, and by what. SLURM_NTASKS is no such: a job's own script,
+one process, has it too."""
+
+
+def unjoined() -> str:
+    """That several processes were started which do not know of one another, as only torchrun tells them; "" if that is not so."""
+    for variable, launcher in LAUNCHERS.items() if "RANK" not in os.environ else ():
+        count = os.environ.get(variable, "")
+        if count.isdecimal() and int(count) > 1:
+            return f"{launcher} started {count} processes ({variable}), each of which would be a run of its own"
+    return ""
+
+
 JOB_VARIABLES = {
     "slurm_job": "SLURM_JOB_ID",
     "slurm_array_job": "SLURM_ARRAY_JOB_ID",

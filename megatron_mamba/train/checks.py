@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
 from megatron_mamba.optim import global_batch_size
-from megatron_mamba.parallel.context import ParallelContext
+from megatron_mamba.parallel import health
+from megatron_mamba.parallel.context import ParallelContext, unjoined
+from megatron_mamba.train.resilience import TrainingError
+
+log = logging.getLogger(__name__)
 
 _UNUSED = {
     "data": {"path", "blend", "on_change", "cache_dir", "prefetch"},
@@ -18,6 +23,14 @@ _UNUSED = {
     },
 }  # fmt: skip
 """Settings that make no other training, or of which data/standing.py says more."""
+
+
+def check_start(config: Config, context: ParallelContext) -> None:
+    """What must hold before anything is built (a collective)."""
+    problem = unjoined()
+    require(not problem, "command line", "megatron_mamba.train", problem,
+            "Start ranks with launch/torchrun.sh, once on each node")  # fmt: skip
+    check_folders(config, context)
 
 
 def check_folders(config: Config, context: ParallelContext) -> None:
@@ -68,6 +81,21 @@ def check_batches(config: Config, context: ParallelContext, consumed_samples: in
         f"shorter than one global batch of {first} samples",
         "Train longer, or lower trainer.global_batch_size",
     )
+
+
+def examined(config: Config, context: ParallelContext) -> list[health.Reading]:
+    """What every rank's machine gives (a collective); slow ones are named. Raises TrainingError for one that computes wrongly."""
+    if not config.trainer.health_check:
+        return []
+    readings = health.examine(context)
+    for line in health.slow(readings) if context.global_rank == 0 else []:
+        log.warning("slow: %s", line)
+    if wrong := health.wrong(readings):
+        raise TrainingError(
+            f"a matrix product was wrong on {', '.join(wrong)}. Nothing was trained. Take these machines out of service; "
+            "trainer.health_check=false does not look"
+        )
+    return readings
 
 
 def check_same_model(config: Config, saved: dict[str, Any], path: Path, *, resumes: bool) -> list[str]:

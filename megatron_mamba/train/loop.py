@@ -42,7 +42,8 @@ from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.parallel.replicas import differing_replicas
 from megatron_mamba.parallel.vocab import IGNORE
 from megatron_mamba.parallel.watchdog import SET_UP, Watchdog
-from megatron_mamba.train.checks import check_batches, check_folders
+from megatron_mamba.train.checks import check_batches, examined
+from megatron_mamba.train.claim import claimed
 from megatron_mamba.train.diary import write_config
 from megatron_mamba.train.evaluation import finished, is_evaluated, sample_groups
 from megatron_mamba.train.kernel_check import check_kernels
@@ -65,6 +66,7 @@ def train(config: Config) -> int:
     # From before the model is built until the last save is on the disk: no signal ends a rank in the middle, but a second Ctrl-C.
     with StopRequest(speaks=context.global_rank == 0) as stop, ExitStack() as closing:
         closing.callback(context.close)
+        closing.enter_context(claimed(config, context))
         limits = config.trainer.watchdog_seconds, config.trainer.heartbeat_seconds
         with context.watchdog(*limits, lambda: stop.received is not None) as watchdog:
             try:
@@ -99,7 +101,6 @@ class Trainer:
         self.is_main = context.global_rank == 0
         self.mesh = {name: context.size(name) for name in MESH_DIMENSIONS}
         self.run_dir = Path(config.run.dir)
-        check_folders(config, context)
         self.manager = CheckpointManager(
             config.checkpoint_dir,
             keep_last=config.checkpoint.keep_last,
@@ -113,7 +114,7 @@ class Trainer:
         seed_everything(config.run.seed + context.global_rank)
         torch.use_deterministic_algorithms(config.trainer.deterministic)
         backend.FUSED = config.trainer.kernels == "fused"
-        self.readings = self._examined()
+        self.readings = examined(config, context)
         self.kernels = check_kernels(config, context) if config.trainer.health_check else None
         self.data = place_data(config, context, build_datasets(config, partial(shared_fingerprints, context)), start)
         # What is put off under a zero-bubble schedule costs time too.
@@ -475,20 +476,6 @@ class Trainer:
             "kernels_checked": None if self.kernels is None else self.kernels._asdict(),
             "torch": torch.__version__,
         }
-
-    def _examined(self) -> list[health.Reading]:
-        """What every rank's machine gives; slow ones are named, and one that computes wrongly is refused."""
-        if not self.config.trainer.health_check:
-            return []
-        readings = health.examine(self.context)
-        for line in health.slow(readings) if self.is_main else []:
-            log.warning("slow: %s", line)
-        if wrong := health.wrong(readings):
-            raise TrainingError(
-                f"a matrix product was wrong on {', '.join(wrong)}. Nothing was trained. Take these machines out of service; "
-                "trainer.health_check=false does not look"
-            )
-        return readings
 
     def close(self) -> None:
         """Finish what is being written."""
