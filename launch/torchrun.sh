@@ -15,6 +15,7 @@
 #   LOG_DIR         folder of what each process writes (default: logs, in run.dir where that is an argument); the console shows the
 #                   first process of each node
 #   STUCK_SECONDS   how long torchrun may wait for HEAD after the processes here have ended, before it is killed (60)
+#   FINISHED_FILE   a file that the first process makes if the run has nothing left to do: it was not stopped before its end (none)
 #   PYTHON          the interpreter (.venv's if there is one, else python3)
 #   SITE_ENV        a file to source first; see launch/env.sh for what is set besides
 #

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_mamba.config import ConfigError, ParallelConfig
 from megatron_mamba.layout import Schedule
 from megatron_mamba.parallel.watchdog import Watchdog, own_store
+
+log = logging.getLogger(__name__)
 
 MESH_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Slowest first: tp neighbours are neighbouring ranks, so that tp stays inside a node."""
@@ -173,6 +176,15 @@ class ParallelContext:
         return Watchdog(
             self.global_rank, self.world_size, store, seconds, heartbeat_seconds, stopping=stopping, traces=traces
         )
+
+    def tell_finished(self) -> None:
+        """Make the file that FINISHED_FILE in the environment names, for what started this run, which may start it again."""
+        path = os.environ.get("FINISHED_FILE")
+        if path and self.global_rank == 0:
+            try:
+                Path(path).touch()
+            except OSError as error:
+                log.warning("FINISHED_FILE=%s cannot be made: %s", path, error.strerror)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -73,6 +73,8 @@ def train(config: Config) -> int:
                 trainer = Trainer(config, context, stop, watchdog)
                 closing.callback(trainer.close)
                 trainer.run()
+                if trainer.has_ended():
+                    context.tell_finished()
             except (ConfigError, TrainingError):  # On every rank alike.
                 raise
             except Exception as error:
@@ -178,6 +180,11 @@ class Trainer:
                     self._evaluate(split, dataset)
         if self.is_main:
             draw_run(self.run_dir / "metrics.jsonl", self.run_dir / "loss.png", config.run.name)
+
+    def has_ended(self) -> bool:
+        """Whether the same command has nothing left to do (a collective)."""
+        reached = self.consumed_samples + self._batch_size()
+        return reached > self._last_sample() and (reached <= self.config.train_samples or self._is_evaluated())
 
     def _train_to(self, end: int) -> bool:
         """Train until `end` samples or a signal; True as soon as the run should go back to its last checkpoint."""

@@ -206,6 +206,47 @@ def test_a_terminal_s_signals_that_are_ignored_stay_so() -> None:
         signal.signal(signal.SIGUSR1, unused)
 
 
+@pytest.mark.parametrize("asked", [None, 11, 12, "in the evaluation", "after the evaluation"])
+def test_a_run_with_nothing_left_to_do_leaves_a_file(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What started it need not start it again. One that was told to stop leaves it only if that was too late to leave anything."""
+    file, step, evaluate = tmp_path / "finished", loop.Trainer._train_step, loop.Trainer._evaluate
+
+    def told() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def signalled_step(self: loop.Trainer, batches: Any) -> dict[str, Any]:
+        if self.step + 1 == asked:
+            told()
+        return step(self, batches)
+
+    def signalled_evaluation(self: loop.Trainer, split: str, dataset: Any) -> None:
+        if split == "test" and asked == "in the evaluation":
+            told()
+        evaluate(self, split, dataset)
+        if split == "test" and asked == "after the evaluation":
+            told()
+
+    monkeypatch.setenv("FINISHED_FILE", str(file))
+    monkeypatch.setattr(loop.Trainer, "_train_step", signalled_step)
+    monkeypatch.setattr(loop.Trainer, "_evaluate", signalled_evaluation)
+    assert train(config_for(tmp_path)) == 0
+    assert file.exists() == (asked in (None, "after the evaluation"))
+    file.unlink(missing_ok=True)
+    monkeypatch.setattr(loop.Trainer, "_evaluate", evaluate)
+    assert train(config_for(tmp_path)) == 0
+    assert file.exists()
+    file.unlink()
+    # One that ends where it was to stop, and one whose last step left nothing to evaluate.
+    assert train(config_for(tmp_path, trainer={"train_samples": 80, "stop_after_samples": 60})) == 0
+    assert file.exists()
+    file.unlink()
+    asked = 20
+    assert train(config_for(tmp_path, trainer={"train_samples": 80}, eval={"samples": 0})) == 0
+    assert file.exists()
+    monkeypatch.setenv("FINISHED_FILE", str(tmp_path / "nowhere" / "file"))
+    assert train(config_for(tmp_path, trainer={"train_samples": 80}, eval={"samples": 0})) == 0
+
+
 @pytest.mark.parametrize(
     ("folder", "problem"),
     [("file", "is a file"), ("file/below", "lies below a file"), ("/proc/run", "cannot be"), ("x" * 300, "File name too long")],

@@ -15,7 +15,7 @@ echo "$@" >>told
 [[ $1 != show ]] || echo n1
 """
 SRUN = """#!/usr/bin/env bash
-trap 'exit @CODE@' USR1
+trap '[[ -z "@FINISHED@" ]] || touch "$FINISHED_FILE"; exit @CODE@' USR1
 echo "$@" >>srun
 touch running
 while :; do sleep 0.05; done
@@ -24,21 +24,23 @@ ARRAY = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID"
 
 
 @pytest.mark.parametrize(
-    ("script", "job", "number", "code", "requeued"),
+    ("script", "job", "number", "code", "finished", "requeued"),
     [
-        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGUSR1, 0, "41"),
-        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGUSR1, 1, None),
-        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGTERM, 0, None),
+        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGUSR1, 0, "", "41"),
+        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGUSR1, 1, "", None),
+        ("pretrain", {"SLURM_JOB_ID": "41"}, signal.SIGTERM, 0, "", None),
+        ("pretrain", {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "2"}, signal.SIGUSR1, 0, "finished", None),
         # The last task of an array has the array's own number: `scontrol requeue 70` would be all of them.
-        ("compare", ARRAY, signal.SIGUSR1, 0, "70_3"),
-        ("compare", ARRAY, signal.SIGUSR1, 3, None),
+        ("compare", ARRAY, signal.SIGUSR1, 0, "", "70_3"),
+        ("compare", ARRAY, signal.SIGUSR1, 3, "", None),
+        ("compare", ARRAY, signal.SIGUSR1, 0, "finished", None),
     ],
 )
 def test_what_goes_back_to_the_queue(
-    script: str, job: dict[str, str], number: signal.Signals, code: int, requeued: str | None, tmp_path: Path
+    script: str, job: dict[str, str], number: signal.Signals, code: int, finished: str, requeued: str | None, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN.replace("@CODE@", str(code)))):
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN.replace("@CODE@", str(code)).replace("@FINISHED@", finished))):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -57,5 +59,6 @@ def test_what_goes_back_to_the_queue(
     told = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("requeue")]
     assert told == ([] if requeued is None else [f"requeue {requeued}"])
     assert (b"exit code" in printed) == (code != 0)
+    assert not list(tmp_path.glob(".finished*"))
     if script == "compare":
         assert "model=transformer_8b" in (tmp_path / "srun").read_text()
