@@ -190,3 +190,43 @@ def test_slurm_job_is_preempted_requeued_and_finishes(
     of_job = {name: value for name, value in resumed["job"].items() if name.startswith("slurm_")}
     assert of_job == {"slurm_job": job, "slurm_nodes": "n[1-2]", "slurm_restarts": "1"}
     assert f"job {job} goes back to the queue" in (tmp_path / "log").read_text()
+
+
+def test_one_task_of_an_array_goes_back_alone(slurm: Callable[..., str], tmp_path: Path) -> None:
+    """compare.sbatch, two of its tasks on a node each: the last one, which has the array's own number, is told to; the losses of
+    both, which train the same here, are equal."""
+    small = [*SETTINGS, f"trainer.train_samples={8 * STEPS}", "trainer.train_tokens=null", "optim.schedule.warmup_samples=0",
+             "parallel=default"]  # fmt: skip
+    options = ["--parsable", "--array=0-1", f"--chdir={ROOT}", f"--output={tmp_path}/log-%a", "--export=ALL,NPROC_PER_NODE=1"]
+    script = str(ROOT / "launch/slurm/compare.sbatch")
+    job = slurm("sbatch", *options, script, *small, f"run.dir={tmp_path}/${{oc.env:SLURM_ARRAY_TASK_ID}}")
+
+    def known(task: int, field: str) -> str:
+        shown = slurm("scontrol", "--oneliner", "show", "job", f"{job}_{task}")
+        return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[field]
+
+    def log() -> str:
+        return "\n".join(f"{file.name}: {file.read_text()}" for file in sorted(tmp_path.glob("log-*")))
+
+    def started() -> bool:
+        assert "ended with exit code" not in log(), log()
+        return all(len(losses(tmp_path / str(task))) >= 3 for task in range(2))
+
+    until(started, "third step", log)
+    assert {known(task, "NodeList") for task in range(2)} == {"n1", "n2"}
+    assert known(1, "JobId") == job
+    slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    until(lambda: known(1, "JobState") == "PENDING", "return to the queue", log)
+    time.sleep(3)
+    slurm("scontrol", "update", f"jobid={job}_1", "StartTime=now")
+    until(lambda: [known(task, "JobState") for task in range(2)] == ["COMPLETED"] * 2, "end of the tasks", log)
+    assert [known(task, "Restarts") for task in range(2)] == ["0", "1"]
+    assert [record["event"] for record in records(tmp_path / "0", "event")] == ["start"]
+    start, told, resumed = records(tmp_path / "1", "event")
+    assert (start["event"], resumed["event"]) == ("start", "resume")
+    assert told["message"].startswith(f"stopping at step {resumed['step']} on ")
+    assert (resumed["job"]["slurm_array_job"], resumed["job"]["slurm_array_task"]) == (job, "1")
+    assert "goes back" not in (tmp_path / "log-0").read_text()
+    assert f"job {job}_1 goes back to the queue" in (tmp_path / "log-1").read_text()
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-10)
+    assert len(losses(tmp_path / "0")) == 2 * STEPS
