@@ -10,6 +10,7 @@ import torch
 
 from megatron_mamba.checkpoint import CheckpointError, hf, read_metadata, resolve, tokenizer_path
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors
+from megatron_mamba.checkpoint.hf_tokenizer import check_tokenizer
 from megatron_mamba.checkpoint.hf_verify import compare, sample_tokens
 from megatron_mamba.config import Config, ConfigError, ModelConfig, ParallelConfig, from_dict
 from megatron_mamba.data.indexed import DataError
@@ -32,7 +33,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", help="class to export to, e.g. Jais2ForCausalLM (default: the first that fits)")
     parser.add_argument("--tokenizer", type=Path, help="default: the one recorded in the checkpoint")
     parser.add_argument("--no-tokenizer", action="store_true", help="write the model without a tokenizer")
-    parser.add_argument("--verify", action="store_true", help="reload with transformers and compare fp32 logits")
+    parser.add_argument("--verify", action="store_true", help="reload with transformers; compare fp32 logits and ids")
     parser.add_argument("--device", default="cpu", help="where --verify computes (default cpu)")
     return parser.parse_args(argv)
 
@@ -51,7 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     size = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{args.output}: {cls.architecture}, {size / 1e6:,.1f} MB, {args.dtype}, tokenizer {path or 'none'}")
-    return _verify(args, checkpoint, config.model, dtype) if args.verify else 0
+    if not args.verify:
+        return 0
+    if path is not None:
+        elsewhere = hf.trained_elsewhere(metadata)
+        compared = check_tokenizer(path, args.output, config.model.vocab_size, own_bos=elsewhere)
+        print(f"tokenizer with transformers: {compared:,} texts have the ids of {'the original' if elsewhere else 'training'}")
+    return _verify(args, checkpoint, config.model, dtype)
 
 
 def _verify(args: argparse.Namespace, checkpoint: Path, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -8,11 +8,11 @@ of a model that only fits a class with the other convention (weight or weight - 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from megatron_mamba.checkpoint.hf_classes import HFClass, HFExportError, HFImportError, HFTensor, choose
-from megatron_mamba.checkpoint.hf_config import model_card, read_config, write_config
-from megatron_mamba.checkpoint.hf_tokenizer import write_tokenizer
+from megatron_mamba.checkpoint.hf_config import model_card, read_config, trained_elsewhere, write_config
+from megatron_mamba.checkpoint.hf_tokenizer import check_tokenizer, write_tokenizer
 from megatron_mamba.checkpoint.storage import Entry, write_safetensors
 from megatron_mamba.config import ModelConfig
 from megatron_mamba.files import is_plain_name, one_line, read_object
 
-__all__ = ["HFExportError", "HFImportError", "choose", "export", "hf_tensors", "import_", "parse_size"]
+__all__ = [
+    "HFExportError", "HFImportError", "choose", "export", "hf_tensors", "import_", "new_folder", "parse_size", "trained_elsewhere",
+]  # fmt: skip
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
@@ -61,19 +63,36 @@ def export(
     cls = choose(config, architecture)
     if dtype not in (torch.float32, torch.bfloat16):
         raise HFExportError(f"dtype = {dtype}: files are written in torch.float32 or torch.bfloat16")
+    with new_folder(output) as partial:
+        token_ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        own_bos = trained_elsewhere(training or {})
+        if tokenizer is not None:
+            token_ids |= write_tokenizer(tokenizer, partial, max_length, config.vocab_size, own_bos=own_bos)
+        _write_json(partial / "generation_config.json", {**token_ids, "do_sample": False, "use_cache": True})
+        if token_ids["pad_token_id"] == token_ids["eos_token_id"]:
+            # transformers trains no embedding of config.json's pad token, and every document ends with this one.
+            token_ids["pad_token_id"] = None
+        _write_json(partial / "config.json", write_config(cls, config, token_ids, max_length, str(dtype).removeprefix("torch.")))
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, partial, config.vocab_size, own_bos=own_bos)
+        (partial / "README.md").write_text(model_card(cls, config, training or {}, cls.norm != config.norm), encoding="utf-8")
+        _write_shards(partial, cls, config, get, dtype, max_shard_size)
+    return cls
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill: it becomes `output` when the block ends, and is gone if the block fails.
+
+    Raises :class:`HFExportError` for an `output` that is not empty.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise HFExportError(f"output = {output}: exists and is not empty. Choose another folder, or remove it first")
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        if tokenizer is not None:
-            token_ids |= write_tokenizer(tokenizer, partial, max_length, config.vocab_size)
-        _write_json(partial / "config.json", write_config(cls, config, token_ids, max_length, str(dtype).removeprefix("torch.")))
-        _write_json(partial / "generation_config.json", {**token_ids, "do_sample": False, "use_cache": True})
-        (partial / "README.md").write_text(model_card(cls, config, training or {}, cls.norm != config.norm), encoding="utf-8")
-        _write_shards(partial, cls, config, get, dtype, max_shard_size)
+        yield partial
         if output.exists():
             output.rmdir()
         partial.rename(output)
@@ -81,7 +100,6 @@ def export(
         raise HFExportError(f"output = {output} cannot be written: {error}. Free space, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return cls
 
 
 def hf_tensors(
@@ -179,6 +197,18 @@ def _standard_key(cls: HFClass, key: str) -> str:
     return key
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what the library finds wrong with it, also later, is one :class:`HFImportError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise HFImportError(f"{file}: cannot be read as safetensors ({one_line(error)}). Copy it again") from error
+
+
 def _files(folder: Path) -> dict[str, str]:
     """Key -> file name, from the index or from the one file's header."""
     if (folder / _INDEX).is_file():
@@ -196,17 +226,6 @@ def _files(folder: Path) -> dict[str, str]:
         raise HFImportError(f"{folder} has neither {_INDEX} nor {_SINGLE}: only safetensors files are read")
     with _opened(folder / _SINGLE) as handle:
         return dict.fromkeys(handle.keys(), _SINGLE)
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise HFImportError(f"{file}: cannot be read as safetensors ({one_line(error)}). Copy it again") from error
 
 
 def parse_size(text: str) -> int:

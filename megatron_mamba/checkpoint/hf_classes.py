@@ -256,7 +256,8 @@ CLASSES = (
         {**_ATTENTION_FIELDS, "mamba_num_heads": "mamba2.n_heads", "mamba_head_dim": "mamba2.head_dim",
          "ssm_state_size": "mamba2.state_size", "n_groups": "mamba2.n_groups", "conv_kernel": "mamba2.conv_width",
          "layer_norm_epsilon": "norm_eps"},
-        fixed={**_SSM_FIXED, **_NO_BIAS, "mamba_hidden_act": "silu", "sliding_window": None, "num_nextn_predict_layers": 0},
+        fixed={**_SSM_FIXED, **_NO_BIAS, "mamba_hidden_act": "silu", "sliding_window": None, "num_nextn_predict_layers": 0,
+               "time_step_limit": (0.0, math.inf)},
         # time_step_min clamps dt in the class's prefill (default 1e-3), which no layer here does; 0 would not load.
         written={"chunk_size": 128, "residual_in_fp32": False, "time_step_min": 1e-30, "mamba_proj_bias": False},
         activation_key="mlp_hidden_act",

@@ -187,6 +187,11 @@ def _transformers() -> Any:
 _KINDS = {"mamba2": "Mamba-2", "mamba": "Mamba (S6)", "attention": "attention", "mlp": "MLP"}
 
 
+def trained_elsewhere(training: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this metadata was imported and not trained since: it stands at step 0."""
+    return training.get("step") == 0
+
+
 def model_card(cls: HFClass, config: ModelConfig, training: Mapping[str, Any], shifted_norm: bool) -> str:
     """README.md of the exported folder: what the model is, how it was trained, and how to load it.
 
@@ -210,6 +215,7 @@ def model_card(cls: HFClass, config: ModelConfig, training: Mapping[str, Any], s
         notes.append(f"The norm weights were shifted by one to this class's convention (trained as {config.norm}).")
     return _CARD.format(
         name=config.name, model_type=cls.model_type, architecture=cls.architecture, since=cls.since, table=table,
+        start=_IMPORTED if trained_elsewhere(training) else _DOCUMENTS,
         notes="".join(f"\n- {note}" for note in notes),
     )  # fmt: skip
 
@@ -232,6 +238,12 @@ def _training_rows(training: Mapping[str, Any]) -> dict[str, Any]:
     progress = {"steps": f"{training['step']:,}", "tokens": f"{training['consumed_tokens']:,}"}
     return progress | {name: training["config"][group][key] for name, (group, key) in chosen.items()}
 
+
+_DOCUMENTS = (
+    "A document starts after the token that ended the one before: that token is bos as well as eos, and an empty text starts "
+    "from it. No special token is added to a prompt, as in training."
+)
+_IMPORTED = "Tokenizer and special tokens are those of the model that was imported."
 
 _CARD = """---
 library_name: transformers
@@ -259,6 +271,6 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-- No beginning-of-sequence token is added to a prompt unless you add it.
+- {start}
 - Load with `dtype=torch.float32` for logits equal to training's; A_log, D, dt_bias and norm weights are fp32 in the file.{notes}
 """

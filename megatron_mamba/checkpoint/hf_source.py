@@ -15,6 +15,7 @@ from megatron_mamba.checkpoint.reading import Reader, read_index
 from megatron_mamba.checkpoint.sharded import CheckpointManager
 from megatron_mamba.checkpoint.storage import CheckpointError
 from megatron_mamba.config import Config, ModelConfig, to_dict
+from megatron_mamba.data.tokenizer import tokenizer_sha256
 
 
 def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
@@ -47,7 +48,8 @@ def no_parameter(path: Path, name: str) -> CheckpointError:
 def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> Path:
     """A checkpoint of step 0 with these weights in fp32: to generate from, or for ``checkpoint.init_from`` of a run.
 
-    `tokenizer`: a file or folder inside `directory`. Returns its path. Raises :class:`CheckpointError` if it cannot be written.
+    `tokenizer` is a file in `directory`, which may be moved as a whole. Returns the checkpoint's path. Raises
+    :class:`CheckpointError` if it cannot be written.
     """
     metadata = {
         "step": 0,
@@ -57,6 +59,7 @@ def write_checkpoint(directory: Path, config: ModelConfig, tensors: Iterable[tup
         "skipped_in_a_row": 0,
         "config": to_dict(Config(model=config)),
         "tokenizer": str(tokenizer.relative_to(directory)) if tokenizer else None,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer) if tokenizer else None,
     }
     manager = CheckpointManager(directory, keep_last=1, keep_every=0, async_save=False, on_damage="error")
     manager.save(0, {"model": {name: tensor.float() for name, tensor in tensors}}, metadata)

@@ -1,30 +1,25 @@
 """Tokenizers for exported folders: SentencePiece rebuilt as tokenizer.json with equal ids, Hugging Face ones copied.
 
 transformers' own conversions of a SentencePiece model change ids (they drop or repeat the dummy prefix), so the pipeline
-is built here piece by piece, and every export compares its ids with sentencepiece's before anything is kept.
+is built here piece by piece. Every export compares the ids that transformers gives with training's before anything is kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_mamba.checkpoint.hf_classes import HFExportError
-from megatron_mamba.data.indexed import DataError
-from megatron_mamba.data.tokenizer import load_tokenizer
-from megatron_mamba.files import read_object
+from megatron_mamba.data.tokenizer import Tokenizer, declared_settings, load_tokenizer, save_tokenizer, token_text
 
 _SPACE = "\u2581"
 """SentencePiece's visible space."""
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Types of pieces in a SentencePiece model (sentencepiece_model.proto)."""
-_BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
-
 NASTY = (
     "", " ", "  ", "\n", "\n\n\n", "\t", "\r\n", " a", "a ", "  a  b   c    ", "\na", "a\n", "a\n b\n\tc\n\n",
     "\t\tif x:\n\t\t\treturn\n", f"{_SPACE}a", f"a{_SPACE}{_SPACE}b", f"{_SPACE}", f" {_SPACE} ", "a\u00a0b", "a\u3000b",
@@ -38,12 +33,15 @@ NASTY = (
 """Texts on which conversions are known to go wrong."""
 
 
-def write_tokenizer(path: Path | str, folder: Path, max_length: int, vocab_size: int) -> dict[str, int | None]:
+def write_tokenizer(
+    path: Path | str, folder: Path, max_length: int, vocab_size: int, *, own_bos: bool = False
+) -> dict[str, int | None]:
     """Write the tokenizer at `path` (SentencePiece .model, tokenizer.json, or a folder of either) into a model folder.
 
-    Returns bos_token_id, eos_token_id and pad_token_id (None where it has none). Raises DataError for a missing or damaged
-    file, and :class:`HFExportError` for one with more than `vocab_size` ids or a SentencePiece model whose ids come out
-    different, naming the text.
+    Documents follow an end-of-sequence token in training, so that is what bos becomes, and no text gets special tokens of its
+    own; unless `own_bos`: the model was trained elsewhere, and all that stays as it was. A tokenizer without a pad token gets
+    one, and pads on the left if it does not say where. Returns bos_token_id, eos_token_id and pad_token_id. Raises DataError
+    for a missing or damaged file, and :class:`HFExportError` for one with more than `vocab_size` ids.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
@@ -51,56 +49,108 @@ def write_tokenizer(path: Path | str, folder: Path, max_length: int, vocab_size:
                             "Give the tokenizer that the model was trained with")  # fmt: skip
     write = _copy if tokenizer.path.suffix == ".json" else _rebuild
     settings = write(tokenizer.path, folder)
+    written = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": _pad_id(settings, written, tokenizer.eos_id)}
+    if not own_bos:
+        ids["bos"] = tokenizer.eos_id
+        if written.num_special_tokens_to_add(is_pair=False):
+            _add_no_special_tokens(folder / "tokenizer.json")
+    for name, i in ids.items():
+        token = None if i is None else written.id_to_token(i)
+        if token is None:
+            settings.pop(f"{name}_token", None)
+        elif token_text(settings.get(f"{name}_token")) != token:
+            settings[f"{name}_token"] = token
     # Any other class, or none, makes transformers rebuild the pipeline from the vocabulary with other rules.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("model_max_length", max_length)
     settings.setdefault("clean_up_tokenization_spaces", False)
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    settings.setdefault("padding_side", "left")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    pad = settings.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    copied = folder / "tokenizer.json"
-    pad_id = _tokenizers().Tokenizer.from_file(str(copied)).token_to_id(pad) if isinstance(pad, str) else None
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad_id}
+    return {f"{name}_token_id": i for name, i in ids.items()}
+
+
+def _pad_id(settings: Mapping[str, Any], written: Any, eos_id: int | None) -> int | None:
+    """The tokenizer's own; else the unknown token if byte fallback keeps it out of every text; else eos."""
+    declared, unknown = (token_text(settings.get(f"{name}_token")) for name in ("pad", "unk"))
+    if declared is not None and (own := written.token_to_id(declared)) is not None:
+        return int(own)
+    unused = None if unknown is None or not getattr(written.model, "byte_fallback", False) else written.token_to_id(unknown)
+    return eos_id if unused is None else int(unused)
 
 
 def _copy(source: Path, folder: Path) -> dict[str, Any]:
-    """Copy a Hugging Face tokenizer as it is; returns its tokenizer_config.json."""
-    shutil.copyfile(source, folder / "tokenizer.json")
-    for name in _BESIDE:
-        if (source.parent / name).is_file():
-            shutil.copyfile(source.parent / name, folder / name)
-    config = source.parent / "tokenizer_config.json"
-    return read_object(config, DataError, "Copy it again") if config.is_file() else {}
+    """Copy a Hugging Face tokenizer as it is; returns its settings, special_tokens_map.json among them."""
+    save_tokenizer(source, folder)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    return declared_settings(source.parent)
+
+
+def _add_no_special_tokens(path: Path) -> None:
+    """Take out of a tokenizer.json what puts bos and eos around a text: training's documents had none of it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["post_processor"] = None
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _rebuild(source: Path, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json of a SentencePiece model, once its ids are known to be equal; returns its special tokens."""
+    """Write tokenizer.json of a SentencePiece model; returns its special tokens."""
     import sentencepiece
 
-    model, reference = _parse(source), sentencepiece.SentencePieceProcessor(model_file=str(source))
-    tokenizer = convert(model)
-    special = [piece.piece for piece in model.pieces if piece.type in (_CONTROL, _UNKNOWN)]
-    symbols = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    convert(_parse(source)).save(str(folder / "tokenizer.json"))
+    ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
+    return {f"{name}_token": processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
+
+def check_tokenizer(path: Path | str, folder: Path, vocab_size: int, *, own_bos: bool = False) -> int:
+    """Compare the ids that transformers gives for texts, with the tokenizer of `folder`, with those of training's at `path`.
+
+    `own_bos`: as in :func:`write_tokenizer`; the special tokens that it adds are then left out. Returns how many texts were
+    compared. Raises :class:`HFExportError` naming a text whose ids differ, or for ids that the model does not have.
+    """
+    tokenizer = load_tokenizer(path)
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise HFExportError("transformers is not installed: pip install 'megatron-mamba[hf]'") from error
+    try:
+        exported = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # for settings that it does not take
+        reason = " ".join(str(error).split())
+        raise HFExportError(
+            f"tokenizer = {tokenizer.path}: transformers {transformers.__version__} cannot read it with the settings beside it: "
+            f"{reason}"
+        ) from error
+    if (highest := max(exported.get_vocab().values())) >= vocab_size:
+        raise HFExportError(
+            f"tokenizer = {tokenizer.path}: the files beside it declare tokens that it lacks, and transformers gives them ids up "
+            f"to {highest}, but model.vocab_size = {vocab_size}. Take those tokens out of tokenizer_config.json"
+        )
+    added = exported.added_tokens_decoder.values()
+    # Text with a literal special token is the one known difference: training never parses it.
+    special, symbols = ([str(token) for token in added if token.special is kind] for kind in (True, False))
+    compared = 0
     for text in check_texts(symbols):
-        # Text with a literal control symbol is the one known difference: sentencepiece never parses it.
         if not any(token in text for token in special):
-            _check(source, reference, tokenizer, text)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {"bos": reference.bos_id(), "eos": reference.eos_id(), "pad": reference.pad_id(), "unk": reference.unk_id()}
-    return {f"{name}_token": reference.id_to_piece(i) for name, i in ids.items() if i >= 0}
+            _check(tokenizer, text, exported(text, add_special_tokens=not own_bos, verbose=False)["input_ids"])
+            compared += 1
+    return compared
 
 
-def _check(source: Path, reference: Any, tokenizer: Any, text: str) -> None:
-    wanted, found = reference.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
+def _check(tokenizer: Tokenizer, text: str, found: list[int]) -> None:
+    wanted = tokenizer.encode(text)
     if wanted == found:
         return
     at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found)))
-    shown = text if len(text) <= 80 else reference.decode(wanted[max(at - 4, 0) : at + 4])
+    shown = text if len(text) <= 80 else tokenizer.decode(wanted[max(at - 4, 0) : at + 4])
+    remedy = "" if tokenizer.path.suffix == ".json" else (
+        " A BPE model with identity normalisation converts exactly (tools/train_tokenizer.py makes such ones)."
+    )  # fmt: skip
     raise HFExportError(
-        f"tokenizer = {source}: {shown!r} has the ids {wanted[at : at + 4]} with sentencepiece but {found[at : at + 4]} as "
-        "tokenizer.json (from the first difference on), so this model does not convert exactly. A BPE model with identity "
-        "normalisation does (tools/train_tokenizer.py makes such ones). The model itself can be exported without a tokenizer"
+        f"tokenizer = {tokenizer.path}: {shown!r} has the ids {wanted[at : at + 4]} in training but {found[at : at + 4]} with "
+        f"transformers (from the first difference on).{remedy} The model itself can be exported without a tokenizer: --no-tokenizer"
     )
 
 

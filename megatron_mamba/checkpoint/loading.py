@@ -30,6 +30,7 @@ from megatron_mamba.checkpoint.storage import (
     read_manifest,
     read_safetensors_header,
 )
+from megatron_mamba.data.tokenizer import tokenizer_sha256
 from megatron_mamba.files import one_line, plain_name, read_object
 
 log = logging.getLogger(__name__)
@@ -108,9 +109,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Path | None:
     """The tokenizer saved with checkpoint `path` (recorded relative to the folder of checkpoints), or None.
 
-    Raises :class:`CheckpointError` if the record names a file that is not there, or not below that folder.
+    Raises :class:`CheckpointError` if the record names a file that is not there, not below that folder, or not the recorded one
+    any more.
     """
-    saved = metadata.get("tokenizer")
+    saved, digest = metadata.get("tokenizer"), metadata.get("tokenizer_sha256")
     if saved is None:
         return None
     folder = Path(path).absolute().parent
@@ -126,6 +128,11 @@ def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Pa
         raise CheckpointError(f"checkpoint {path}: its tokenizer {found} is a link. Put the file itself there")
     if not found.exists():
         raise CheckpointError(f"checkpoint {path} was saved with the tokenizer {found}, which is not there any more. Put it back")
+    if digest is not None and (now := tokenizer_sha256(found)) != digest:
+        raise CheckpointError(
+            f"checkpoint {path} was saved with the tokenizer {found} of sha256 {digest}, but that has sha256 {now} now. "
+            "Put the one it was saved with back, or name it"
+        )
     return found
 
 

@@ -16,11 +16,11 @@ from megatron_mamba.data.indexed import DataError, IndexedReader, Metadata
 from megatron_mamba.data.packing import SPLITS, Dataset, PackedDataset, Sample, split_documents
 from megatron_mamba.data.standing import SYNTHETIC, Standing
 from megatron_mamba.data.synthetic import SyntheticDataset
-from megatron_mamba.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256
+from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, saved_name, tokenizer_sha256
 
 __all__ = [
     "DataError", "Dataset", "Datasets", "IndexedReader", "Metadata", "Sample", "Tokenizer", "build_datasets", "load_tokenizer",
-    "save_tokenizer",
+    "save_tokenizer", "saved_name", "tokenizer_sha256",
 ]  # fmt: skip
 
 
@@ -34,6 +34,8 @@ class Datasets:
     tokenizer: Path | None
     """File of the tokenizer (data.tokenizer, or the one recorded with the corpus); None: nobody named one."""
     tokenizer_sha256: str | None
+    end_of_document: int | None
+    """Id that closes every document, if a tokenizer is named and has one."""
     standing: Standing
     parts: Sequence[dict[str, Dataset]]
     """Of train, validation and test: the samples of each corpus; empty without a share."""
@@ -54,8 +56,7 @@ def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]],
     and ConfigError for a model.vocab_size below the tokenizer's.
     """
     data = config.data
-    tokenizer = None if data.tokenizer is None else find_tokenizer(data.tokenizer)
-    sha256 = None if tokenizer is None else tokenizer_sha256(tokenizer)
+    tokenizer = None if data.tokenizer is None else load_tokenizer(data.tokenizer)
     standing = Standing.of_config(data)
     parts: list[dict[str, Dataset]] = []
     if data.kind == "synthetic":
@@ -64,7 +65,7 @@ def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]],
             parts.append({SYNTHETIC: SyntheticDataset(split=split, **options)} if share else {})
     else:
         readers = {prefix: IndexedReader(prefix) for prefix in standing.weights}
-        tokenizer, sha256 = _check_tokenizer(config, readers, tokenizer, sha256)
+        tokenizer = _check_tokenizer(config, readers, tokenizer)
         standing = standing.filled(contents := identify(readers.values()))
         shares = {prefix: split_documents(reader, data.split, data.seq_length + 1) for prefix, reader in readers.items()}
         for number, split in enumerate(SPLITS):
@@ -77,7 +78,8 @@ def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]],
             })  # fmt: skip
     train, valid, test = (next(iter(part.values()), None) for part in parts)
     assert train is not None, "DataConfig.validate wants a positive share for training"
-    return Datasets(train, valid, test, tokenizer, sha256, standing, parts).at(standing)
+    path, sha256, end = (None, None, None) if tokenizer is None else (tokenizer.path, tokenizer.sha256, tokenizer.eos_id)
+    return Datasets(train, valid, test, path, sha256, end, standing, parts).at(standing)
 
 
 def _metadata(reader: IndexedReader) -> Metadata | None:
@@ -91,27 +93,28 @@ def _metadata(reader: IndexedReader) -> Metadata | None:
     return record
 
 
-def _check_tokenizer(
-    config: Config, readers: dict[str, IndexedReader], path: Path | None, sha256: str | None
-) -> tuple[Path | None, str | None]:
-    """The run's tokenizer (`path` if given) and its digest: the one of all corpora, no larger than the model's vocabulary."""
-    owner, vocab_size = f"data.tokenizer = {path}", None
+def _check_tokenizer(config: Config, readers: dict[str, IndexedReader], tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The run's tokenizer (`tokenizer` if given): the one of all corpora, no larger than the model's vocabulary."""
+    owner = "" if tokenizer is None else f"data.tokenizer = {tokenizer.path}"
     for prefix, reader in readers.items():
         record = _metadata(reader)
         if record is None:
             continue
-        if sha256 is None:
-            path, sha256 = find_tokenizer(record.tokenizer_path(prefix)), record.tokenizer_sha256
+        if tokenizer is None:
+            tokenizer = load_tokenizer(record.tokenizer_path(prefix))
             owner = f"the tokenizer of {prefix}"
-        elif record.tokenizer_sha256 != sha256:
+        remedy = "Use the corpus' own tokenizer, or tokenise the text again"
+        if record.tokenizer_sha256 != tokenizer.sha256:
             raise DataError(
                 f"{prefix}: was tokenised with a tokenizer of sha256 {record.tokenizer_sha256} ({record.tokenizer}), but {owner} "
-                f"has sha256 {sha256}. Use the corpus' own tokenizer, or tokenise the text again"
+                f"has sha256 {tokenizer.sha256}. {remedy}"
             )
-        vocab_size = record.vocab_size
-    if path is not None and vocab_size is None:
-        vocab_size = load_tokenizer(path).vocab_size
-    if vocab_size is not None and config.model.vocab_size < vocab_size:
-        remedy = f"Set model.vocab_size to {vocab_size} or more"
-        raise ConfigError("model.vocab_size", config.model.vocab_size, f"{owner} has {vocab_size} ids", remedy)
-    return path, sha256
+        if record.end_of_document != tokenizer.eos_id:
+            raise DataError(
+                f"{prefix}: its documents end with id {record.end_of_document}, but {owner} has {tokenizer.eos_id} as its "
+                f"end-of-sequence token. {remedy}"
+            )
+    if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+        remedy = f"Set model.vocab_size to {tokenizer.vocab_size} or more"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, f"{owner} has {tokenizer.vocab_size} ids", remedy)
+    return tokenizer

@@ -22,13 +22,15 @@ def generate(
     eos_id: int | None,
     on_token: Callable[[int, int], None] | None = None,
     *,
+    vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) by up to `settings.max_new_tokens` tokens; returns the new ones of each row.
 
     A row ends before the first `eos_id` it draws (None: never), which is not returned; an empty prompt starts from
     `eos_id`, the token that every document follows in training. `on_token(row, token)` is called as tokens are made.
-    Rows do not affect each other. `dtype` is the model's compute dtype, by default that of its weights (a model under
+    Rows do not affect each other. Only ids below `vocab_size` are drawn, the tokenizer's: a model may have more, which no text
+    gives. `dtype` is the model's compute dtype, by default that of its weights (a model under
     mixed precision computes in another). Raises ConfigError for bad settings and ValueError for bad prompts.
     """
     settings.validate()
@@ -41,7 +43,7 @@ def generate(
     try:
         logits, cache = prefill(model, prompts, settings.max_new_tokens, settings.prefill_length, dtype)
         for step in range(settings.max_new_tokens):
-            next_B = sampler(logits)
+            next_B = sampler(logits[:, :vocab_size])
             for row, token in enumerate(next_B.tolist()):
                 running[row] = running[row] and token != eos_id
                 if running[row]:

@@ -131,6 +131,9 @@ def _run(settings: Arguments) -> None:
     folder = resolve(settings.checkpoint)
     metadata = read_metadata(folder)
     tokenizer = load_tokenizer(_tokenizer_path(settings.tokenizer, metadata, folder))
+    require(tokenizer.eos_id is not None or all(map(tokenizer.encode, prompts)), "prompt", "",
+            f"is empty, and {tokenizer.path} has no end-of-sequence token for a new document to start from",
+            "Give a text to continue")  # fmt: skip
     precision = settings.precision or metadata["config"].get("trainer", {}).get("precision", "fp32")
     context = ParallelContext.create(ParallelConfig(), settings.device)
     try:
@@ -168,7 +171,7 @@ def _stream(model: LanguageModel, tokenizer: Tokenizer, prompt: str, settings: A
         clock.tick(row)
         print(text.add(token), end="", flush=True)
 
-    generate(model, [tokens], settings, tokenizer.eos_id, show)
+    generate(model, [tokens], settings, tokenizer.eos_id, show, vocab_size=tokenizer.vocab_size)
     print(text.rest(), flush=True)
     _say(f"{len(tokens)} prompt tokens; {clock.report()}")
 
@@ -181,7 +184,8 @@ def _batches(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], set
         rows = tokens[first : first + settings.batch_size]
         # Another batch, other random numbers; the first prompt's are those it would have alone.
         batch = dataclasses.replace(settings, seed=settings.seed + first)
-        results = generate(model, rows, batch, tokenizer.eos_id, lambda row, token: clock.tick(row))
+        tick, ids = (lambda row, token: clock.tick(row)), tokenizer.vocab_size
+        results = generate(model, rows, batch, tokenizer.eos_id, tick, vocab_size=ids)
         for i, new in enumerate(results):
             text = TextStream(tokenizer.decode, rows[i])
             body = "".join(map(text.add, new)) + text.rest()

@@ -19,7 +19,7 @@ from torch import Tensor
 from mamba_kernels import backend
 from megatron_mamba.checkpoint import CheckpointManager, load, rng_state, set_rng_state
 from megatron_mamba.config import Config, ConfigError, to_dict
-from megatron_mamba.data import Dataset, build_datasets, save_tokenizer
+from megatron_mamba.data import Dataset, build_datasets
 from megatron_mamba.data.loader import Batch, Loader
 from megatron_mamba.model import build_pipeline
 from megatron_mamba.model.flops import flops_per_token
@@ -50,7 +50,7 @@ from megatron_mamba.train.kernel_check import check_kernels
 from megatron_mamba.train.metrics import MetricLogger, PhaseTimer, Throughput, memory_gib
 from megatron_mamba.train.plot import draw_run
 from megatron_mamba.train.resilience import StopRequest, TrainingError, Trouble, seed_everything, verdict
-from megatron_mamba.train.resume import Start, find_start, place_data, shared_fingerprints
+from megatron_mamba.train.resume import Start, find_start, keep_tokenizer, place_data, shared_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -133,11 +133,6 @@ class Trainer:
         self.parameters = [parameter for _, parameter in self.pipeline.named_parameters()]
         self.table = parameter_table(config.model)
         self.optimizer = build_optimizer(self.pipeline.named_parameters(), self.table, config.optim)
-        self._tokenizer: str | None = None
-        if self.data.tokenizer is not None and self.is_main:
-            folder = Path(config.checkpoint_dir)
-            # Recorded relative to the checkpoints' folder, which may be moved.
-            self._tokenizer = str(save_tokenizer(self.data.tokenizer, folder / "tokenizer").relative_to(folder))
         self.step = self.consumed_samples = self.consumed_tokens = self.passed_over = 0
         self.saved_step = self.checked_step = 0
         self.save_is_due = False
@@ -147,6 +142,7 @@ class Trainer:
         self.trouble = Trouble(config.trainer.spike, config.trainer.max_skipped_steps)
         self.train_samples = config.train_samples
         self._load(start)
+        self._tokenizer = keep_tokenizer(self.data, start, Path(config.checkpoint_dir), write=self.is_main)
         self.looked_step = self.step  # Examined above.
         if self.is_main:
             write_config(config, self.run_dir)
@@ -419,7 +415,7 @@ class Trainer:
                 **self.trouble.state(),
                 "config": to_dict(self.config),
                 "mesh": self.mesh,
-                "tokenizer": self._tokenizer,
+                **self._tokenizer,
                 "data": self.data.standing.to_dict(),
             }
             self.manager.save(self.step, self._tensors(), metadata, rank_state=rng_state())

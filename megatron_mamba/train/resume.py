@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron_mamba.checkpoint import CheckpointManager, read_metadata, resolve
 from megatron_mamba.config import Config, ConfigError
-from megatron_mamba.data import Datasets
+from megatron_mamba.data import Datasets, save_tokenizer, saved_name, tokenizer_sha256
 from megatron_mamba.data.fingerprint import fingerprints
 from megatron_mamba.data.indexed import IndexedReader
 from megatron_mamba.data.standing import Standing
-from megatron_mamba.data.tokenizer import tokenizer_sha256
 from megatron_mamba.parallel.context import MESH_DIMENSIONS, ParallelContext
 from megatron_mamba.train.checks import changed_settings, check_same_model, check_units, mesh_name
 
@@ -96,15 +95,12 @@ def place_data(config: Config, context: ParallelContext, data: Datasets, start: 
     Raises ConfigError on all ranks for data that the run cannot go on with.
     """
     is_main = context.global_rank == 0
-    saved = _saved_tokenizer(start)
-    of_checkpoint = context.gather(tokenizer_sha256(saved) if is_main and saved is not None else None)[0]
-    if None not in (of_checkpoint, data.tokenizer_sha256) and of_checkpoint != data.tokenizer_sha256:
-        problem = f"its sha256 is {data.tokenizer_sha256}, that of the checkpoint's tokenizer {saved} is {of_checkpoint}"
+    if problem := other_tokenizer(data, start):
         if start.resumes:
-            remedy = "Tokenise the text with the checkpoint's, or start another run with checkpoint.init_from"
-            raise ConfigError("data.tokenizer", str(data.tokenizer), problem, remedy)
+            remedy = "Go on with data of the run's own tokenizer, or start another run with checkpoint.init_from"
+            raise ConfigError("data.tokenizer", str(data.tokenizer), f"{problem}, {start.source}", remedy)
         if is_main:
-            log.warning("data.tokenizer = %s: %s. If ids mean other text, its weights are of no use", data.tokenizer, problem)
+            log.warning("%s: data.tokenizer = %s %s", start.source, data.tokenizer, problem)
     if not start.resumes:
         return data
     position = start.counters.consumed_samples + start.counters.passed_over
@@ -115,9 +111,32 @@ def place_data(config: Config, context: ParallelContext, data: Datasets, start: 
     return data.at(standing)
 
 
-def _saved_tokenizer(start: Start) -> Path | None:
-    """The tokenizer kept with the checkpoint, if it is still there."""
-    if start.source is None or not start.metadata.get("tokenizer"):
-        return None
-    path: Path = start.source.absolute().parent / start.metadata["tokenizer"]
-    return path if path.exists() else None
+def other_tokenizer(data: Datasets, start: Start) -> str:
+    """How the run's tokenizer differs from that of the checkpoint which it starts from; "" if it does not."""
+    if start.source is None or data.tokenizer is None:
+        return ""
+    kept, digest = start.metadata.get("tokenizer"), start.metadata.get("tokenizer_sha256")
+    if digest is None and kept is not None and (file := start.source.absolute().parent / kept).exists():
+        digest = tokenizer_sha256(file)  # The checkpoint was saved before digests were.
+    if digest not in (None, data.tokenizer_sha256):
+        return f"has sha256 {data.tokenizer_sha256}, but the weights were trained with the tokenizer of sha256 {digest}"
+    end = start.metadata.get("end_of_document", data.end_of_document)
+    if digest is not None and end != data.end_of_document:
+        return f"ends documents with id {data.end_of_document}, but the weights were trained with {end} there"
+    return ""
+
+
+def keep_tokenizer(data: Datasets, start: Start, folder: Path, *, write: bool) -> dict[str, Any]:
+    """Keep a copy of the run's tokenizer in `folder`, that of its checkpoints, if `write`; returns what their metadata say of it.
+
+    The copy is what checkpoints decode with: :func:`place_data` has seen that a run goes on with no other.
+    """
+    saved = start.metadata if start.resumes else {}
+    if data.tokenizer is None:
+        return {key: saved.get(key) for key in ("tokenizer", "tokenizer_sha256", "end_of_document")}
+    kept = saved.get("tokenizer") or f"tokenizer/{saved_name(data.tokenizer)}"
+    there = (folder / kept).exists() and tokenizer_sha256(folder / kept) == data.tokenizer_sha256
+    if write and not (saved and there):
+        kept = str(save_tokenizer(data.tokenizer, folder / "tokenizer").relative_to(folder))
+    # Relative to the checkpoints' folder, which may be moved.
+    return {"tokenizer": kept, "tokenizer_sha256": data.tokenizer_sha256, "end_of_document": data.end_of_document}

@@ -13,7 +13,8 @@ import sentencepiece
 from hf_models import tiny, weights
 
 from megatron_mamba.checkpoint import hf
-from megatron_mamba.checkpoint.hf_tokenizer import NASTY, check_texts, write_tokenizer
+from megatron_mamba.checkpoint.hf_tokenizer import NASTY, check_texts, check_tokenizer, write_tokenizer
+from megatron_mamba.data.tokenizer import load_tokenizer
 from megatron_mamba.data.train_tokenizer import train_tokenizer
 
 CORPUS = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("argparse.py", "textwrap.py", "statistics.py")]
@@ -58,10 +59,12 @@ def test_exported_folder_tokenises_as_in_training(project: Path, tmp_path: Path)
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     for name in ("config", "generation_config"):
         written = json.loads((tmp_path / f"out/{name}.json").read_text())
-        assert [written[f"{token}_token_id"] for token in ("bos", "eos", "pad")] == [1, 2, None]
+        # <s> occurs in no document; <unk> in none either, as bytes stand for what has no piece.
+        assert [written[f"{token}_token_id"] for token in ("bos", "eos", "pad")] == [2, 2, 0]
     reference = sentencepiece.SentencePieceProcessor(model_file=str(project))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (1, 2, 321)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2, 0)
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (321, "left")
     compared = 0
     for text in check_texts([]):
         if "</s>" in text or "<s>" in text or "<unk>" in text:
@@ -93,8 +96,9 @@ def test_ids_are_equal(settings: dict[str, Any], tmp_path: Path) -> None:
 
     reference = train(tmp_path / "t.model", **settings)
     ids = write_tokenizer(tmp_path / "t.model", tmp_path, 10, 600)
-    assert ids["pad_token_id"] == (3 if "pad_id" in settings else None)
-    assert ids["bos_token_id"] == (None if "bos_id" in settings else 1)
+    # The unknown token pads where it cannot occur in text.
+    assert ids["pad_token_id"] == (3 if "pad_id" in settings else 0 if settings.get("byte_fallback", True) else 2)
+    assert (ids["bos_token_id"], ids["eos_token_id"]) == (2, 2)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     symbols = settings.get("user_defined_symbols", [])
     for text in [*NASTY, *symbols, *(text for a in symbols for b in symbols for text in (f"{a}{b}", f"x{a}{b}y {a}"))]:
@@ -131,7 +135,66 @@ def test_hugging_face_tokenizers_are_copied(project: Path, tmp_path: Path) -> No
     config.write_text(json.dumps(settings))
     (tmp_path / "copy").mkdir()
     ids = write_tokenizer(tmp_path, tmp_path / "copy", 10, 700)
-    assert ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert ids == {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 2}
     assert (tmp_path / "copy/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     copied = json.loads((tmp_path / "copy/tokenizer_config.json").read_text())
     assert copied == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.fixture
+def llama_like(project: Path, tmp_path: Path) -> Path:
+    """A Hugging Face tokenizer that puts <s> before a text and </s> behind it."""
+    from tokenizers import Tokenizer, processors
+
+    folder = tmp_path / "llama_like"
+    folder.mkdir()
+    write_tokenizer(project, folder, 10, 700)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "add_bos_token": True}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return folder
+
+
+def test_an_exported_tokenizer_adds_what_training_added(llama_like: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = tiny("mm", vocab_size=700)
+    get, text = weights(config).__getitem__, "def f(x):\n    return x"
+    ids = load_tokenizer(llama_like).encode(text)
+    hf.export(config, get, tmp_path / "trained", tokenizer=llama_like)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    assert tokenizer(text).input_ids == ids
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2, 2)
+    # transformers does not train the embedding of config.json's pad token, which must not be eos's.
+    files = [tmp_path / f"trained/{name}.json" for name in ("config", "generation_config")]
+    assert [json.loads(file.read_text())["pad_token_id"] for file in files] == [None, 2]
+    assert "bos as well as eos" in (tmp_path / "trained/README.md").read_text()
+    # A model that was imported and never trained here was trained with them.
+    hf.export(config, get, tmp_path / "imported", tokenizer=llama_like, training={"step": 0})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "imported")
+    assert tokenizer(text).input_ids == [1, *ids, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert (tmp_path / "imported/tokenizer.json").read_bytes() == (llama_like / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(llama_like: Path, tmp_path: Path) -> None:
+    config = tiny("mm", vocab_size=700)
+    get, output = weights(config).__getitem__, tmp_path / "out"
+    settings = {"eos_token": "</s>", "extra_special_tokens": ["<added later>"]}
+    (llama_like / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(hf.HFExportError, match=r"gives them ids up to 700, but model\.vocab_size = 700\. Take .*tokenizer_config"):
+        hf.export(config, get, output, tokenizer=llama_like)
+    assert not output.exists()
+    (llama_like / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "added_tokens_decoder": {"2": "</s>"}}))
+    with pytest.raises(hf.HFExportError, match=r"tokenizer\.json: transformers .* cannot read it with the settings beside it: "):
+        hf.export(config, get, output, tokenizer=llama_like)
+    (llama_like / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<added later>"}))
+    hf.export(config, get, output, tokenizer=llama_like)
+    assert check_tokenizer(llama_like, output, 700) > 1000
+    exported = json.loads((output / "tokenizer.json").read_text())
+    exported["normalizer"] = {"type": "Lowercase"}
+    (output / "tokenizer.json").write_text(json.dumps(exported))
+    with pytest.raises(hf.HFExportError, match=r"tokenizer\.json: .* has the ids .* in training but .* with transformers"):
+        check_tokenizer(llama_like, output, 700)

@@ -13,7 +13,7 @@ import torch
 from hf_models import CASES, load, weights
 from torch import Tensor
 
-from megatron_mamba.checkpoint import read_metadata
+from megatron_mamba.checkpoint import CheckpointError, hf, read_metadata, tokenizer_path
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors, write_checkpoint
 from megatron_mamba.generate import loading
 from megatron_mamba.model import LanguageModel
@@ -93,13 +93,100 @@ def test_verify_fails_where_a_layer_is_wrong(
     assert "NOT equal" in capsys.readouterr().out
 
 
-def test_imported_folder_brings_its_tokenizer(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+@pytest.fixture
+def exported(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
+    """The checkpoint as a Hugging Face folder."""
+    assert export_hf.main(["--checkpoint", str(checkpoint[0]), "--output", str(tmp_path / "hf")]) == 0
+    return tmp_path / "hf"
+
+
+def import_(folder: Path, output: Path, *more: str) -> int:
+    result: int = import_hf.main(["--input", str(folder), "--output", str(output), *more])
+    return result
+
+
+def recorded_tokenizer(folder: Path) -> Path | None:
+    step = folder / "step_00000000"
+    return tokenizer_path(step, read_metadata(step))
+
+
+def test_imported_folder_brings_its_tokenizer(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tokenizers import Tokenizer, models
 
-    assert export_hf.main(["--checkpoint", str(checkpoint[0]), "--output", str(tmp_path / "hf")]) == 0
-    Tokenizer(models.BPE({"a": 0, "b": 1, "<eos>": 2}, [])).save(str(tmp_path / "hf/tokenizer.json"))
-    assert import_hf.main(["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "back")]) == 0
-    assert read_metadata(tmp_path / "back/step_00000000")["tokenizer"] == "tokenizer"
-    assert export_hf.main(["--checkpoint", str(tmp_path / "back"), "--output", str(tmp_path / "again")]) == 0
+    tokenizer = {"a": 0, "b": 1, "<eos>": 2, "</s>": 3}
+    Tokenizer(models.BPE(tokenizer, [])).save(str(exported / "tokenizer.json"))
+    (exported / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    assert import_(exported, tmp_path / "made") == 0
+    (tmp_path / "made").rename(tmp_path / "back")
+    assert recorded_tokenizer(tmp_path / "back") == tmp_path / "back/tokenizer/tokenizer.json"
+    again = ["--checkpoint", str(tmp_path / "back"), "--output", str(tmp_path / "again"), "--verify"]
+    assert export_hf.main(again) == 0
+    assert "texts have the ids of the original" in capsys.readouterr().out
     assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 2
-    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+    (tmp_path / "back/tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"saved with the tokenizer .*tokenizer\.json of sha256 .* now\. Put the one"):
+        recorded_tokenizer(tmp_path / "back")
+
+
+def test_imported_folder_brings_its_sentencepiece_model(exported: Path, tmp_path: Path) -> None:
+    import sentencepiece
+
+    model = exported / "tokenizer.model"
+    settings = {"vocab_size": 18, "model_type": "bpe", "minloglevel": 2}
+    texts = iter(["a b c d e f g"] * 9)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "t"), **settings)
+    model.write_bytes((tmp_path / "t.model").read_bytes())
+    assert import_(exported, tmp_path / "back") == 0
+    copy = recorded_tokenizer(tmp_path / "back")
+    assert copy is not None
+    assert (copy.name, copy.read_bytes()) == (model.name, model.read_bytes())
+
+
+def test_import_refuses_a_tokenizer_that_is_not_read(exported: Path, tmp_path: Path) -> None:
+    (exported / "tekken.json").write_text("{}")
+    with pytest.raises(hf.HFImportError, match=r"Mistral's tekken format, .* --no-tokenizer imports the model alone"):
+        import_(exported, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    assert import_(exported, tmp_path / "back", "--no-tokenizer") == 0
+    assert recorded_tokenizer(tmp_path / "back") is None
+
+
+CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+BAD_FOLDERS = {
+    "a type": (CONFIG, '"hidden_size": 48', '"hidden_size": "many"', r"config\.json: transformers .* cannot read it: .*many"),
+    "a pattern": (CONFIG, '"M*-M-"', '"M?-M-"', r"config\.json: transformers .* cannot read it"),
+    "not JSON": (CONFIG, '"hidden_size"', "hidden_size", r"config\.json: transformers .* cannot read it: .*not a valid JSON"),
+    "null": (CONFIG, '"hidden_size": 48', '"hidden_size": null', r"config\.json"),
+    "the limit of dt": (
+        CONFIG, '"time_step_min"', '"time_step_limit": [0.0, 0.1], "time_step_min"', r"time_step_limit = .*0\.1.*only \(0\.0, inf"
+    ),
+    "the file": (ONE_FILE, None, "x" * 99, r"model\.safetensors: cannot be read as a safetensors file .* Copy it again"),
+    "the index": (INDEX, None, "[]", r"index\.json: not an index of tensors, or damaged .* Copy it again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_import_says_in_one_line_what_is_wrong(case: str, exported: Path, tmp_path: Path) -> None:
+    name, old, new, message = BAD_FOLDERS[case]
+    text = new
+    if old is not None:
+        whole = (exported / name).read_text()
+        assert whole.count(old) == 1
+        text = whole.replace(old, new)
+    (exported / name).write_text(text)
+    with pytest.raises(hf.HFImportError, match=message) as caught:
+        import_(exported, tmp_path / "back")
+    assert "\n" not in str(caught.value)
+
+
+def test_import_leaves_nothing_half_done(exported: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(exported / ONE_FILE)
+    last = max(tensors)
+    save_file(tensors | {last: tensors[last].flatten()[:-1]}, exported / ONE_FILE)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(hf.HFImportError, match=r"has shape .* but config\.json describes"):
+        import_(exported, tmp_path / "back")
+    assert set(tmp_path.iterdir()) == before

@@ -14,6 +14,7 @@ import pytest
 from megatron_mamba.config import Config, ConfigError, DataConfig, ModelConfig, TrainerConfig
 from megatron_mamba.data import DataError, Metadata, build_datasets
 from megatron_mamba.data.prepare import prepare
+from megatron_mamba.data.tokenizer import save_tokenizer
 from megatron_mamba.data.train_tokenizer import train_tokenizer
 
 
@@ -74,6 +75,22 @@ def test_other_tokenizer_than_the_corpus_is_refused(folder: Path) -> None:
         build_datasets(config(path=str(folder / "a"), tokenizer=str(folder / "two.model")))
     with pytest.raises(DataError, match=f"c: .*{two}.*the tokenizer of .*a has sha256 {one}"):
         build_datasets(config(400, blend={str(folder / "a"): 1.0, str(folder / "c"): 1.0}))
+
+
+def test_the_tokenizer_beside_a_corpus_is_hashed_not_believed(folder: Path, tmp_path: Path) -> None:
+    foreign(folder / "a", tmp_path / "a")
+    record = Metadata.read(folder / "a")
+    assert record is not None
+    record.write(tmp_path / "a")
+    copy = save_tokenizer(folder / "one.model", tmp_path / "a.tokenizer")
+    data = build_datasets(config(400, path=str(tmp_path / "a")))
+    assert (data.tokenizer, data.tokenizer_sha256, data.end_of_document) == (copy, record.tokenizer_sha256, 2)
+    copy.write_bytes((folder / "two.model").read_bytes())
+    with pytest.raises(DataError, match=rf"a: was tokenised with .* sha256 {record.tokenizer_sha256}.* the tokenizer of"):
+        build_datasets(config(400, path=str(tmp_path / "a")))
+    replace(record, end_of_document=7).write(tmp_path / "a")
+    with pytest.raises(DataError, match=r"a: its documents end with id 7, but data\.tokenizer = .* has 2 as its end-of-sequence"):
+        build_datasets(config(path=str(tmp_path / "a"), tokenizer=str(folder / "one.model")))
 
 
 def test_too_small_a_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

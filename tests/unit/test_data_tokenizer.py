@@ -147,14 +147,12 @@ def test_hugging_face_tokenizer_is_lossless(tmp_path: Path) -> None:
     raw.enable_truncation(5)
     raw.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (300, 1, None)
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (300, None, None)
+    with pytest.raises(DataError, match=r"tokenizer\.json: has no end-of-sequence token .* not guessed where several fit"):
+        _ = tokenizer.eod_id
     assert [tokenizer.decode(tokenizer.encode(text)) for text in NASTY] == NASTY
     assert not {0, 1} & set(tokenizer.encode("</s><|endoftext|>"))
     assert tokenizer.decode([0, *tokenizer.encode("x"), 1]) == "x"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
-    assert load_tokenizer(tmp_path).eod_id == 0
-    copy = save_tokenizer(tmp_path, tmp_path / "checkpoint")
-    assert load_tokenizer(copy.parent).eod_id == 0
 
 
 @pytest.mark.parametrize(
@@ -169,3 +167,69 @@ def test_wrong_tokenizer_config_is_one_line(tmp_path: Path, content: str, words:
         return
     with pytest.raises(DataError, match=rf"tokenizer_config\.json: {words}.*Copy it again"):
         load_tokenizer(tmp_path)
+
+
+def declare(folder: Path, name: str, **tokens: object) -> Path:
+    (folder / f"{name}.json").write_text(json.dumps(tokens))
+    return folder
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> Path:
+    """A tokenizer.json with two usual end tokens, and none of them declared."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2, "<|endoftext|>": 3, "<mine>": 4}, []))
+    folder = tmp_path / "hugging_face"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_end_token_is_the_declared_one(hugging_face: Path, tmp_path: Path) -> None:
+    def ids() -> tuple[int | None, int | None]:
+        copy = load_tokenizer(save_tokenizer(hugging_face, tmp_path / "copy"))
+        tokenizer = load_tokenizer(hugging_face)
+        assert (copy.bos_id, copy.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        return tokenizer.bos_id, tokenizer.eos_id
+
+    assert ids() == (1, None)
+    declare(hugging_face, "special_tokens_map", bos_token="<mine>", eos_token={"content": "<|endoftext|>", "lstrip": False})
+    assert ids() == (4, 3)
+    # Of two files that differ, the one that transformers heeds.
+    declare(hugging_face, "tokenizer_config", eos_token="</s>")
+    assert ids() == (4, 3)
+    declare(hugging_face, "tokenizer_config", eos_token="</s>", added_tokens_decoder={})
+    assert ids() == (1, 2)
+    (hugging_face / "special_tokens_map.json").unlink()
+    assert ids() == (1, 2)
+    assert not (tmp_path / "copy/special_tokens_map.json").exists(), "left of another tokenizer"
+    declare(hugging_face, "tokenizer_config", eos_token="<added later>")
+    assert ids() == (1, None)
+    (hugging_face / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: is no JSON"):
+        ids()
+
+
+def test_end_token_beside_a_sentencepiece_model_is_its_own(model: Path, tmp_path: Path) -> None:
+    copy = save_tokenizer(model, declare(tmp_path, "unrelated", eos_token="<|im_end|>"))
+    assert load_tokenizer(copy).eos_id == 2
+    declare(tmp_path, "tokenizer_config", eos_token="</s>")
+    assert load_tokenizer(copy).eos_id == 2
+    declare(tmp_path, "tokenizer_config", eos_token="<|im_end|>")
+    with pytest.raises(DataError, match=r"tokenizer\.model: its end-of-sequence token is '</s>', but .* = '<\|im_end\|>'"):
+        load_tokenizer(copy)
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    tekken, tiktoken, old = (tmp_path / name for name in ("tekken", "tiktoken", "old"))
+    for folder in (tekken, tiktoken, old):
+        folder.mkdir()
+    (tekken / "tekken.json").write_text(json.dumps({"config": {"pattern": "x"}, "vocab": [], "special_tokens": []}))
+    (tiktoken / "qwen.tiktoken").write_bytes(b"IQ== 0\nIg== 1\n")
+    (tiktoken / "renamed.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    (old / "vocab.json").write_text("{}")
+    named = {tekken: "Mistral's tekken format", tiktoken: "tiktoken's format", old: "the format of transformers' old tokenizers"}
+    for path in (tekken, tekken / "tekken.json", tiktoken, tiktoken / "qwen.tiktoken", tiktoken / "renamed.model", old):
+        name = named[path if path.is_dir() else path.parent]
+        with pytest.raises(DataError, match=rf"{path.name}.*: is in {name}, which is not read here\. Give .*tokenizer\.json"):
+            load_tokenizer(path)

@@ -331,6 +331,25 @@ def run(tmp_path_factory: pytest.TempPathFactory, context: ParallelContext) -> P
     return folder
 
 
+def test_ids_beyond_the_tokenizer_are_never_drawn(
+    context: ParallelContext, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A vocabulary padded to share out evenly has ids that stand for no text."""
+    model = random_model(tiny("M*-", vocab_size=500), context, precision="fp32")
+    settings = replace(GREEDY, temperature=100.0, max_new_tokens=40)
+    drawn = [token for row in generate(model, [[1], [2]], settings, None) for token in row]
+    assert max(drawn) >= 300, "the test would show nothing"
+    drawn = [token for row in generate(model, [[1], [2]], settings, None, vocab_size=300) for token in row]
+    assert 200 < max(drawn) < 300
+    save(model, tmp_path / "checkpoints", run / "tokenizer.model")
+    arguments = [f"checkpoint={tmp_path}", "temperature=100", "max_new_tokens=40", "device=cpu"]
+    monkeypatch.setattr(ParallelContext, "create", classmethod(lambda cls, *args: context))
+    monkeypatch.setattr(ParallelContext, "close", lambda self: None)
+    for prompts in ("prompt=def", "prompt=['def', 'return']"):
+        assert main([*arguments, prompts]) == 0
+    assert capsys.readouterr().out.count("return") >= 1
+
+
 def generation(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_mamba.generate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
