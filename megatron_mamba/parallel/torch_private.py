@@ -34,7 +34,8 @@ class Private:
         return self.name.rpartition(".")[2].rpartition(":")[2]
 
 
-FREES_EARLY = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+FREES_EARLY = VERSION >= (2, 15)
 """Whether a step of the torch at hand holds less, as from 2.15 on: autograd adds a gradient to those of earlier micro-batches as
 soon as it has been made; one rank copies no gradients to divide them by one; a pipeline has no buffers between micro-batches,
 and gives up what it has sent."""
@@ -65,6 +66,7 @@ NAMES = (
     Private("torch:_C._len_torch_dispatch_stack", "kernels: whether a mode must see an operator"),
     Private("torch:_C._cuda_getCurrentRawStream", "kernels: the stream of a launch", needs="gpu"),
     Private("torch:_C._distributed_c10d._dump_nccl_trace", "NCCL's last collectives, when a rank hangs", needs="gpu"),
+    Private("torch:_C._distributed_c10d._dump_fr_trace", "the same of the NCCL backend that is the usual one from 2.15 on"),
     Private("torch.testing._internal.distributed.fake_pg:FakeStore", "dry runs of many ranks"),
     Private("torch.utils._python_dispatch:TorchDispatchMode", "dry runs: counting operations and memory"),
     Private("torch.utils._pytree:tree_leaves", "dry runs: tensors in arguments"),
@@ -97,3 +99,13 @@ class Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         operations: list[dist.P2POp] = super()._get_init_p2p_neighbors_ops()  # type: ignore[misc] # gone: see above
         return [op for op in operations if op.group_peer != self.group_rank]
+
+
+def last_collectives() -> bytes:
+    """What NCCL's flight recorder has of this rank, pickled. From torch 2.15 on "nccl" is a backend that calls itself "nccl2" and
+    records elsewhere (with TORCH_DIST_USE_NCCL2=0 the former one): what has entries is longer than what has none."""
+    c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
+    traces: list[bytes] = [c10d._dump_nccl_trace()]
+    if VERSION >= (2, 15):
+        traces += [c10d._dump_fr_trace(backend=name) for name in ("nccl", "nccl2")]
+    return max(traces, key=len)

@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from megatron_mamba.parallel.torch_private import last_collectives
+
 EXIT_CODE = 70
 """Of a rank that ends for an alarm."""
 
@@ -212,8 +214,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self._traces and torch.cuda.is_available() and torch.cuda.is_initialized():
             with suppress(RuntimeError, OSError):
-                trace: bytes = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-                Path(f"{self._traces}{self._rank}").write_bytes(trace)
+                Path(f"{self._traces}{self._rank}").write_bytes(last_collectives())
 
     def _places(self) -> list[str]:
         """Where the ranks are, those at the same place in one line; those that do not answer last."""

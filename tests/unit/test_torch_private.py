@@ -95,3 +95,14 @@ def test_parameters_of_a_unit_of_torch_2_11_and_later(group: object) -> None:
     old = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=group))
     new = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_groups=[] if group is None else [group]))
     assert torch_private.unit_parameters(old) == torch_private.unit_parameters(new) == params
+
+
+@pytest.mark.parametrize(
+    ("version", "recorder", "found"), [((2, 13), "nccl2", b"."), ((2, 15), "nccl2", b"nccl2: two"), ((2, 15), "", b".")]
+)
+def test_last_collectives_are_those_of_the_backend_in_use(version, recorder, found, monkeypatch) -> None:
+    c10d = torch._C._distributed_c10d
+    monkeypatch.setattr(torch_private, "VERSION", version)
+    monkeypatch.setattr(c10d, "_dump_nccl_trace", lambda: b".", raising=False)
+    monkeypatch.setattr(c10d, "_dump_fr_trace", lambda backend: b"nccl2: two" if backend == recorder else b"-", raising=False)
+    assert torch_private.last_collectives() == found
