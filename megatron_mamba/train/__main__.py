@@ -36,6 +36,8 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 _PLAIN_INTERPOLATION = re.compile(r"\$\{\s*(required\s*:|[^:{}$]*\})")
 """Begins what a saved configuration may interpolate: the value of another setting, or what must be given."""
+_ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
+"""A ``${`` that is text: an odd number of backslashes stands before it."""
 
 _YAML_BYTES, _YAML_VALUES = 1 << 20, 50_000
 """Largest saved configuration, and the most values in it with its aliases written out: a run's has some hundred."""
@@ -249,7 +251,7 @@ def _refuse_resolvers(tree: Any, key: str, path: Path) -> None:
         for value in tree:
             _refuse_resolvers(value, key, path)
     elif isinstance(tree, str):
-        plain = _PLAIN_INTERPOLATION.sub("", tree)
+        plain = _PLAIN_INTERPOLATION.sub("", _ESCAPED.sub("", tree))
         require("${" not in plain, key, tree, f"{path} may refer to its own values only", f"Give it on the command line: {key}=...")
 
 

@@ -18,7 +18,7 @@ from harness import on_ranks
 from megatron_mamba.checkpoint import read_metadata, resolve
 from megatron_mamba.checkpoint.hf_source import checkpoint_tensors, write_checkpoint
 from megatron_mamba.config import BatchRampConfig, ConfigError, DataConfig, InitConfig, ParallelConfig, ScheduleConfig
-from megatron_mamba.data.indexed import IndexedWriter, Metadata, bin_path, idx_path
+from megatron_mamba.data.indexed import IndexedWriter, bin_path, idx_path
 from megatron_mamba.data.packing import PackedDataset, Sample
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.train import loop, resume
@@ -112,23 +112,6 @@ def test_other_data_is_refused_or_begins_anew(folder: Path, tmp_path: Path, seen
     train(config_for(tmp_path / "run", **again, trainer={"stop_after_samples": 36}))
     train(config_for(tmp_path / "run", **again))
     assert seen == [("a", number) for number in range(24)]
-
-
-def test_another_tokenizer_is_refused_and_that_of_the_checkpoint_kept(folder: Path, tmp_path: Path) -> None:
-    """Weights know tokens by their ids. A new run may start from them all the same."""
-    for number, name in enumerate("ab"):
-        tokenizer = tmp_path / f"{name}.model"
-        tokenizer.write_text(f"tokenizer {name}")
-        for path in (bin_path, idx_path):
-            shutil.copyfile(path(folder / name), path(tmp_path / name))
-        sha256 = resume.tokenizer_sha256(tokenizer)
-        Metadata(tokenizer.name, sha256, 61, 0, 1000, 40, 60, 0, str(number)).write(tmp_path / name)
-    train(config_for(tmp_path / "run", data=data(tmp_path, a=1.0), trainer=STOPPED))
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = '.*b\.model': .*tokenizer\.model"):
-        train(config_for(tmp_path / "run", data=data(tmp_path, b=1.0)))
-    assert (tmp_path / "run/checkpoints/tokenizer/tokenizer.model").read_text() == "tokenizer a"
-    start = {"init_from": str(tmp_path / "run")}
-    train(config_for(tmp_path / "other", data=data(tmp_path, b=1.0), checkpoint=start, trainer=STOPPED))
 
 
 def test_tokens_are_counted_where_the_length_of_sequences_changes(

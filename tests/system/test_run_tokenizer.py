@@ -12,9 +12,9 @@ from test_train import config_for
 
 from megatron_mamba.checkpoint import CheckpointError, read_metadata, resolve, tokenizer_path
 from megatron_mamba.config import ConfigError
-from megatron_mamba.data import Datasets, build_datasets, tokenizer_sha256
-from megatron_mamba.train.checks import keep_tokenizer
+from megatron_mamba.data import build_datasets, tokenizer_sha256
 from megatron_mamba.train.loop import train
+from megatron_mamba.train.resume import Start, keep_tokenizer, other_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +67,22 @@ def test_a_run_that_names_no_tokenizer_any_more_keeps_it(models: list[Path], tmp
     assert recorded(tmp_path) == models[0].read_bytes()
 
 
-def keep(data: Datasets, saved: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return keep_tokenizer(data, saved, folder, write=True)
-
-
 def test_checkpoints_from_before_digests_and_other_end_tokens(models: list[Path], tmp_path: Path) -> None:
     one, two = (build_datasets(config_for(tmp_path, data={"tokenizer": str(model)})) for model in models)
-    saved = keep(one, {}, tmp_path)
-    kept = tmp_path / saved["tokenizer"]
+    saved = keep_tokenizer(one, Start(), tmp_path, write=True)
+    kept, step = tmp_path / saved["tokenizer"], tmp_path / "step_00000001"
     assert kept.read_bytes() == models[0].read_bytes()
-    old = {"step": 1, "tokenizer": saved["tokenizer"]}
-    with pytest.raises(ConfigError, match=r"has sha256 .* but the weights were trained with the tokenizer of sha256"):
-        keep(two, old, tmp_path)
-    assert keep(one, old, tmp_path) == saved
+    old = Start(step, {"step": 1, "tokenizer": saved["tokenizer"]}, resumes=True)
+    assert "but the weights were trained with the tokenizer of sha256" in other_tokenizer(two, old)
+    assert other_tokenizer(one, old) == ""
+    assert keep_tokenizer(one, old, tmp_path, write=True) == saved
     assert saved["end_of_document"] == 2
-    with pytest.raises(ConfigError, match="ends documents with id 7, but the weights were trained with 2 there"):
-        keep(replace(one, end_of_document=7), {"step": 1, **saved}, tmp_path)
+    now = Start(step, {"step": 1, **saved}, resumes=True)
+    wrong = other_tokenizer(replace(one, end_of_document=7), now)
+    assert wrong == "ends documents with id 7, but the weights were trained with 2 there"
     # What a run left that died before its first checkpoint is nobody's.
-    assert keep(two, {}, tmp_path)["tokenizer"] == saved["tokenizer"]
+    assert keep_tokenizer(two, Start(), tmp_path, write=True)["tokenizer"] == saved["tokenizer"]
     assert kept.read_bytes() == models[1].read_bytes()
     shutil.rmtree(kept.parent)
-    keep(one, {"step": 1, **saved}, tmp_path)
+    keep_tokenizer(one, now, tmp_path, write=True)
     assert kept.read_bytes() == models[0].read_bytes()

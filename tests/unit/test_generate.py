@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_mamba.checkpoint import CheckpointError, CheckpointManager
 from megatron_mamba.config import ConfigError, to_dict
-from megatron_mamba.data.tokenizer import load_tokenizer
+from megatron_mamba.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_mamba.generate import GenerationSettings, Sampler, generate, prefill
 from megatron_mamba.generate.__main__ import TextStream, main, parse, read_prompts
 from megatron_mamba.generate.loading import check_finite, load_model
@@ -253,7 +253,8 @@ def test_bad_settings(settings: dict[str, float], message: str) -> None:
 def save(model: LanguageModel, directory: Path, tokenizer: Path | None = None) -> None:
     manager = CheckpointManager(directory, keep_last=1, keep_every=0, async_save=False, on_damage="error")
     config = {"model": to_dict(model.config), "trainer": {"precision": "fp32"}}
-    metadata = {"config": config, "tokenizer": tokenizer and str(tokenizer)}
+    kept = tokenizer and str(save_tokenizer(tokenizer, directory / "tokenizer").relative_to(directory))
+    metadata = {"config": config, "tokenizer": kept}
     manager.save(3, {"model": dict(model.named_parameters())}, metadata)
     manager.close()
 
