@@ -180,7 +180,7 @@ class Trainer:
     def has_ended(self) -> bool:
         """Whether the same command has nothing left to do (a collective)."""
         reached = self.consumed_samples + self._batch_size()
-        return reached > self._last_sample() and (reached <= self.config.train_samples or self._is_evaluated())
+        return reached > self._last_sample() and (reached <= self.train_samples or self._is_evaluated())
 
     def _train_to(self, end: int) -> bool:
         """Train until `end` samples or a signal; True as soon as the run should go back to its last checkpoint."""

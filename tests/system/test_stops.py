@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,18 @@ def test_a_run_with_nothing_left_to_do_leaves_a_file(asked: Any, tmp_path: Path,
     assert file.exists()
     monkeypatch.setenv("FINISHED_FILE", str(tmp_path / "nowhere" / "file"))
     assert train(config_for(tmp_path, trainer={"train_samples": 80}, eval={"samples": 0})) == 0
+
+
+@pytest.mark.parametrize("total", [20, 60], ids=["shorter", "longer"])
+def test_the_end_of_a_run_whose_sequences_changed_their_length(total: int) -> None:
+    """A configuration of 40 samples counts them all in the length of now; the run's own count says when it is evaluated."""
+    config = SimpleNamespace(train_samples=40, trainer=SimpleNamespace(stop_after_samples=None))
+    trainer: Any = SimpleNamespace(config=config, train_samples=total, consumed_samples=total, _batch_size=lambda: 4)
+    trainer._last_sample = lambda: loop.Trainer._last_sample(trainer)
+    trainer._is_evaluated = lambda: False
+    assert not loop.Trainer.has_ended(trainer)
+    config.trainer.stop_after_samples = trainer.consumed_samples = total - 8
+    assert loop.Trainer.has_ended(trainer)
 
 
 @pytest.mark.parametrize(
