@@ -30,12 +30,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reason(error: OSError) -> str:
+    """What the system says, without the file: the message around it names that."""
+    return error.strerror or one_line(error)
+
+
 def read_object(path: Path, fail: Callable[[str], Exception], remedy: str) -> dict[str, Any]:
     """The JSON object in the file `path`; what `fail` makes of a message that names the file is raised if there is none."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise fail(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+        raise fail(f"{path}: cannot be read ({reason(error)}). {remedy}") from error
     except RecursionError as error:
         raise fail(f"{path}: is nested too deep to be read as JSON. {remedy}") from error
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mamba.checkpoint.hf_classes import HFExportError
 from megatron_mamba.data.tokenizer import Tokenizer, declared_settings, load_tokenizer, save_tokenizer, token_text
+from megatron_mamba.files import one_line
 
 _SPACE = "\u2581"
 """SentencePiece's visible space."""
@@ -118,10 +119,9 @@ def check_tokenizer(path: Path | str, folder: Path, vocab_size: int, *, own_bos:
     try:
         exported = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # for settings that it does not take
-        reason = " ".join(str(error).split())
         raise HFExportError(
             f"tokenizer = {tokenizer.path}: transformers {transformers.__version__} cannot read it with the settings beside it: "
-            f"{reason}"
+            f"{one_line(error)}"
         ) from error
     if (highest := max(exported.get_vocab().values())) >= vocab_size:
         raise HFExportError(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_mamba.config import ConfigError, ParallelConfig
+from megatron_mamba.files import reason
 from megatron_mamba.layout import Schedule
 from megatron_mamba.parallel.watchdog import Watchdog, own_store
 
@@ -184,7 +185,7 @@ class ParallelContext:
             try:
                 Path(path).touch()
             except OSError as error:
-                log.warning("FINISHED_FILE=%s cannot be made: %s", path, error.strerror)
+                log.warning("FINISHED_FILE=%s cannot be made: %s", path, reason(error))
 
     def close(self) -> None:
         """Leave the process group."""

@@ -30,6 +30,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from megatron_mamba.config import Config, ConfigError, check_names, from_dict, require, to_dict, to_yaml
+from megatron_mamba.files import one_line, reason
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 """Hydra's folder of groups and options (a link to the repository's configs/, or package data in an installed wheel)."""
@@ -228,11 +229,11 @@ def _register_saved(path: Path) -> str:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError("--config", str(path), "no such file", remedy) from error
     except OSError as error:
-        raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})", remedy) from error
+        raise ConfigError("--config", str(path), f"cannot be read ({reason(error)})", remedy) from error
     except RecursionError as error:
         raise ConfigError("--config", str(path), "is nested too deep for a configuration", remedy) from error
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError("--config", str(path), f"not a YAML file ({_one_line(error)})", remedy) from error
+        raise ConfigError("--config", str(path), f"not a YAML file ({one_line(error)})", remedy) from error
     require(isinstance(saved, DictConfig) and "model" in saved, "--config", str(path), "holds no configuration of a run", remedy)
     for key in ("defaults", "hydra"):  # They would read other files, which nobody looks through.
         require(key not in saved, "--config", str(path), f"has the key {key}, which belongs to Hydra", f"Take it out. {remedy}")
@@ -308,15 +309,11 @@ def _argument(text: str, groups: dict[str, list[str]], saved: bool) -> str:
 
 def _as_config_error(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Hydra's or OmegaConf's complaint in our words."""
-    problem = _one_line(error)
+    problem = one_line(error).split(" full_key")[0].rstrip(".")
     key = getattr(error, "full_key", None)
     if key:  # of a value that refers to others
         return ConfigError(key, None, problem.rpartition("while resolving interpolation: ")[2], f"Set {key}=...")
     return ConfigError("command line", " ".join(overrides), problem, "See python -m megatron_mamba.train --help")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split()).rstrip(".")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mamba.config import MIXER_KINDS, Config, ConfigError, require, to_dict
+from megatron_mamba.files import reason
 from megatron_mamba.optim import global_batch_size
 from megatron_mamba.parallel import health
 from megatron_mamba.parallel.context import ParallelContext, unjoined
@@ -53,7 +54,7 @@ def _cannot_write(folder: Path) -> str:
     except NotADirectoryError:
         return "lies below a file"
     except OSError as error:
-        return f"cannot be written: {error.strerror or error}"
+        return f"cannot be written: {reason(error)}"
     return ""
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mamba.config import Config, ConfigError
+from megatron_mamba.files import reason
 from megatron_mamba.parallel.context import ParallelContext
 from megatron_mamba.parallel.watchdog import record
 from megatron_mamba.train.checks import check_start
@@ -82,11 +83,11 @@ class Claim(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Claim:
-        """What a file says; one that was cut off when it was written says nothing."""
+        """What a file says; one that is cut off, or not of ours, says nothing."""
         try:
             known = json.loads(text)
-            return cls(**{field: known[field] for field in cls._fields})
-        except (ValueError, TypeError, KeyError):
+            return cls(**{field: type(default)(known[field]) for field, default in cls._field_defaults.items()})
+        except (ValueError, TypeError, KeyError, RecursionError):
             return cls()
 
     def __str__(self) -> str:
@@ -148,7 +149,7 @@ def _take(field: str, folder: str, path: Path, own: str, context: ParallelContex
                 outcome = error
         found = context.gather(outcome)[0]
         if isinstance(found, OSError):
-            problem = f"{NAME} in it cannot be written or read ({found.strerror})"
+            problem = f"{NAME} in it cannot be written or read ({reason(found)})"
             raise ConfigError(field, folder, problem, "Choose a folder that can be made and written to")
         return found
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from megatron_mamba.config import Config, to_dict, to_yaml
 from megatron_mamba.data.indexed import atomic_write
+from megatron_mamba.files import reason
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def write_config(config: Config, run_dir: Path) -> None:
         with atomic_write(path) as file:
             file.write(to_yaml(to_dict(config)).encode())
     except OSError as error:
-        log.warning("%s cannot be written (%s): the run goes on, and its checkpoints hold its configuration", path, _reason(error))
+        log.warning("%s cannot be written (%s): the run goes on, and its checkpoints hold its configuration", path, reason(error))
 
 
 class Sink(Protocol):
@@ -145,7 +146,7 @@ class JsonlSink:
             self._waiting.clear()
         except OSError as error:
             if not self.fails:
-                log.warning("%s cannot be written (%s): training goes on, and records wait in memory", self.path, _reason(error))
+                log.warning("%s cannot be written (%s): training goes on, and records wait in memory", self.path, reason(error))
             self.fails = True
             return
         if self.fails:
@@ -260,10 +261,6 @@ class WandbSink:
 def _keep(path: Path, text: str) -> None:
     with atomic_write(path) as file:
         file.write(f"{text}\n".encode())
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _finite(value: Any) -> Any:

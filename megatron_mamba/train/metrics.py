@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 
 from megatron_mamba.config import Config
+from megatron_mamba.files import one_line
 from megatron_mamba.progress import Progress, human
 from megatron_mamba.train.diary import JsonlSink, Sink, TensorBoardSink, WandbSink, parsed
 
@@ -227,8 +228,7 @@ class MetricLogger:
             yield
         except Exception as error:
             self._sinks.pop(name, None)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._failures.append(f"{name} failed and is left out from here on: {reason}")
+            self._failures.append(f"{name} failed and is left out from here on: {one_line(error)}")
 
     def _report_failures(self) -> None:
         while self._failures:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_mamba.files import reason
 from megatron_mamba.train.metrics import read_records
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def draw_run(metrics_jsonl: str | Path, out_png: str | Path, title: str = "") ->
     except ValueError as error:
         log.info("no curve is drawn: %s", error)
     except OSError as error:
-        log.warning("no curve is drawn: %s cannot be written (%s)", out_png, error.strerror or error)
+        log.warning("no curve is drawn: %s cannot be written (%s)", out_png, reason(error))
     except Exception:  # Of a library that draws: the run is whole, and its exit code says so.
         log.warning("no curve was drawn", exc_info=True)
 

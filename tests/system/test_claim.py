@@ -87,6 +87,11 @@ def test_a_run_that_lives_is_named(setting: str, tmp_path: Path, process: subpro
     assert list(tmp_path.rglob(f"{NAME}*")) == [path]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 1}', json.dumps(Claim()._asdict() | {"slurm_restarts": [2]})])
+def test_a_file_that_is_not_ours_says_nothing(text: str) -> None:
+    assert Claim.of(text) == Claim()
+
+
 @pytest.mark.parametrize("how", ["ended", "killed and not waited for", "another process has its number"])
 def test_a_run_of_this_machine_that_is_gone(how: str, tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     known = of(process)
