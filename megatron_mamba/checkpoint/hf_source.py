@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megatron_mamba.checkpoint.loading import shared_damage
-from megatron_mamba.checkpoint.reading import Reader, read_index
+from megatron_mamba.checkpoint.loading import read_tensors, shared_damage
+from megatron_mamba.checkpoint.reading import read_index
 from megatron_mamba.checkpoint.sharded import CheckpointManager
 from megatron_mamba.checkpoint.storage import CheckpointError
 from megatron_mamba.config import Config, ModelConfig, to_dict
@@ -33,8 +32,7 @@ def checkpoint_tensors(path: Path) -> Callable[[str], Tensor]:
         if entry is None:
             raise no_parameter(path, name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.load({f"model.{name}": tensor}, storage_reader=Reader(path, index), planner=planner, no_dist=True)
+        read_tensors(path, index, {f"model.{name}": tensor})
         return tensor
 
     return get

@@ -31,7 +31,7 @@ from megatron_mamba.checkpoint.storage import (
     read_safetensors_header,
 )
 from megatron_mamba.data.tokenizer import tokenizer_sha256
-from megatron_mamba.files import one_line, plain_name, read_object
+from megatron_mamba.files import inner_path, one_line, read_object
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -68,16 +68,7 @@ def load(
         metadata = read_index(path)
         local = (set(flat), _misfits(flat, metadata))
         ranks.reduce(local, lambda found: _require_same_model(path, metadata, set(tensors), found))
-        try:
-            dcp.load(
-                flat,
-                storage_reader=Reader(path, metadata),
-                planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=ranks.group,
-                no_dist=ranks.group is None,
-            )
-        except CheckpointException as error:
-            raise CheckpointError(f"checkpoint {path} could not be read: {cause_of(error)}") from error
+        read_tensors(path, metadata, flat, ranks.group)
         if rank_state is not None:
             rank_state.update(_read_rank_state(path, ranks))
     finally:
@@ -85,18 +76,29 @@ def load(
     return read_metadata(path)
 
 
+def read_tensors(path: Path, index: Metadata, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill `tensors` from a checkpoint with this :func:`read_index` (a collective of `group`). Raises :class:`CheckpointError`."""
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(tensors, storage_reader=Reader(path, index), planner=planner, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint {path} could not be read: {cause_of(error)}") from error
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``CheckpointManager.save`` was given as metadata. Raises :class:`CheckpointError` if it is damaged."""
     path = Path(path)
     if path.is_file():
         kept = read_safetensors_header(path)[1]
-        if "config" not in kept:
-            raise CheckpointError(f"file {path} holds no configuration. Give a file that tools/consolidate.py wrote")
         try:
-            return {key: json.loads(value) for key, value in kept.items() if key != "format"}
+            metadata = {key: json.loads(value) for key, value in kept.items() if key != "format"}
         except UNREADABLE as error:
             problem = f"file {path}: its metadata is not JSON ({error})"
             raise CheckpointError(f"{problem}. Write it again with tools/consolidate.py") from error
+        config = metadata.get("config")
+        if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in ("model", "trainer")):
+            raise CheckpointError(f"file {path} holds no configuration. Give a file that tools/consolidate.py wrote")
+        return metadata
     try:
         damage = find_damage(path, {METADATA: read_manifest(path)["files"][METADATA]})
     except CheckpointError as error:
@@ -116,14 +118,12 @@ def tokenizer_path(path: str | os.PathLike[str], metadata: dict[str, Any]) -> Pa
     if saved is None:
         return None
     folder = Path(path).absolute().parent
-    try:
-        parts = [plain_name(part, "tokenizer") for part in saved.split("/")]
-    except (ValueError, AttributeError) as error:
+    if not inner_path(saved):
         raise CheckpointError(
             f"checkpoint {path} names the tokenizer {saved!r}, which does not lie below {folder}. "
             "Name the tokenizer yourself (tokenizer=PATH, --tokenizer PATH)"
-        ) from error
-    found = folder.joinpath(*parts)
+        )
+    found = folder / saved
     if found.is_symlink() and not found.is_dir():
         raise CheckpointError(f"checkpoint {path}: its tokenizer {found} is a link. Put the file itself there")
     if not found.exists():

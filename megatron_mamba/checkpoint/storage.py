@@ -185,6 +185,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, tuple[Entry, int]], d
             size = path.stat().st_size
             header = json.loads(file.read(min(length, size)))
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise TypeError(f"__metadata__ = {metadata!r}")
         tensors, end = {}, 8 + length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if not are_sizes(entry["shape"]) or not are_sizes(entry["data_offsets"]):
@@ -226,6 +228,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"file {MANIFEST}: expected format {FORMAT}, found {manifest['format']}")
         files = manifest["files"]
         manifest["files"] = {plain_name(name, "files"): FileRecord(**record) for name, record in files.items()}
+        if not are_sizes([record.size for record in manifest["files"].values()]):
+            raise ValueError("the size of a file is none")
     except FileNotFoundError:
         raise CheckpointError(f"file {MANIFEST} is missing") from None
     except OSError as error:

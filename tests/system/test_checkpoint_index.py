@@ -122,6 +122,7 @@ def listed(change: Callable[[JsonObject], Any]) -> Callable[[Path], None]:
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a path": (listed(lambda files: files.update({"../x": files["index.json"]})), r"manifest.json.*'\.\./x' is not the plain"),
+    "no size": (listed(lambda files: files["index.json"].__dict__.update(size="9")), "manifest.json is not a manifest: .*size"),
     "no index": (listed(lambda files: files.pop("index.json")), "file manifest.json does not list index.json"),
     "no metadata": (listed(lambda files: files.pop("metadata.json")), "file manifest.json does not list metadata.json"),
     "a linked file": (lambda path: link(path, SHARD), rf"file {SHARD} cannot be read: it is a link"),
@@ -202,6 +203,12 @@ def test_a_single_file_s_tensors_follow_each_other(tmp_path: Path, offsets: list
 def test_a_single_file_s_metadata_is_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m\.safetensors: its metadata is not JSON"):
         read_metadata(single_file(tmp_path / "m.safetensors", {}, 0, {"config": "{"}))
+
+
+@pytest.mark.parametrize("metadata", [5, {}, {"config": "5"}, {"config": "{}"}, {"config": '{"model": {}, "trainer": null}'}], ids=str)
+def test_a_single_file_holds_a_configuration(metadata: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"m\.safetensors (holds no configuration|is not a safetensors file)"):
+        read_metadata(single_file(tmp_path / "m.safetensors", {}, 0, metadata))
 
 
 def test_a_parameter_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:
