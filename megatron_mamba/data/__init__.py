@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_mamba.config import Config, ConfigError
 from megatron_mamba.data.blend import BlendedDataset
+from megatron_mamba.data.fingerprint import fingerprints
 from megatron_mamba.data.indexed import DataError, IndexedReader, Metadata
 from megatron_mamba.data.packing import SPLITS, Dataset, PackedDataset, Sample, split_documents
 from megatron_mamba.data.standing import SYNTHETIC, Standing
@@ -48,10 +49,10 @@ class Datasets:
         return replace(self, train=train, valid=built[1], test=built[2], standing=standing)
 
 
-def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]], dict[str, str]] = lambda _: {}) -> Datasets:
+def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]], dict[str, str]] = fingerprints) -> Datasets:
     """Open the corpora of `config.data` and check them against each other, the tokenizer and the model.
 
-    `identify` gives the fingerprints by prefix, by which a checkpoint and the caches of indices know the corpora.
+    `identify` gives the fingerprints by prefix, by which checkpoints and the caches of indices know the corpora.
     Raises :class:`DataError` for damaged files, splits without a full sequence or another tokenizer than the corpus',
     and ConfigError for a model.vocab_size below the tokenizer's.
     """
@@ -72,7 +73,7 @@ def build_datasets(config: Config, identify: Callable[[Iterable[IndexedReader]],
             parts.append({
                 prefix: PackedDataset(
                     reader, shares[prefix][number], split=split, seq_length=data.seq_length, seed=data.seed,
-                    vocab_size=config.model.vocab_size, cache_dir=data.cache_dir, contents=contents.get(prefix),
+                    vocab_size=config.model.vocab_size, cache_dir=data.cache_dir, contents=contents[prefix],
                 )
                 for prefix, reader in readers.items() if data.split[number]
             })  # fmt: skip

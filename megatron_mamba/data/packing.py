@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_mamba.data.indexed import DataError, IndexedReader, atomic_write, bin_path, build_once, idx_path
+from megatron_mamba.data.indexed import DataError, IndexedReader, atomic_write, bin_path, build_once
 from megatron_mamba.data.permutation import Permutation
 
 SPLITS = ("train", "valid", "test")
@@ -94,12 +94,12 @@ class PackedDataset:
 
     `vocab_size`: ids at or above it (a corpus of another tokenizer, or damage) raise :class:`DataError` when read.
     `cache_dir`: where epochs' indices of large corpora are kept; default PREFIX.cache. They are found again by `contents`, the
-    corpus' fingerprint, or, without it, by place, sizes and times of its files.
+    corpus' fingerprint.
     """
 
     def __init__(
-        self, reader: IndexedReader, share: Share, *, split: str, seq_length: int, seed: int, vocab_size: int,
-        cache_dir: str | Path | None = None, contents: str | None = None,
+        self, reader: IndexedReader, share: Share, *, split: str, seq_length: int, seed: int, vocab_size: int, contents: str,
+        cache_dir: str | Path | None = None,
     ) -> None:  # fmt: skip
         self._contents = contents
         self._reader, self._share, self._split, self._seed = reader, share, split, seed
@@ -171,12 +171,9 @@ class PackedDataset:
         return table
 
     def _key(self, epoch: int) -> str:
-        index = idx_path(self._reader.prefix)
-        files = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (index, bin_path(self._reader.prefix))]
-        corpus = (str(index.resolve()), files) if self._contents is None else (self._contents,)
         whole = self._share == Share.of(self._reader, self._documents)
         share = self._documents if whole else self._share
-        parts = (_INDEX_VERSION, *corpus, share, self._seed, self._split, epoch)
+        parts = (_INDEX_VERSION, self._contents, share, self._seed, self._split, epoch)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
     def _store(self, path: Path, epoch: int) -> None:

@@ -35,7 +35,7 @@ LENGTHS = [5, 1, 0, 17, 9, 0, 0, 2, 40, 3, 3, 8, 1, 6, 0]
 
 
 def packed(reader: IndexedReader, documents: range | None = None, **changes) -> PackedDataset:
-    options = {"split": "train", "seq_length": 7, "seed": 3, "vocab_size": 10**6} | changes
+    options = {"split": "train", "seq_length": 7, "seed": 3, "vocab_size": 10**6, "contents": fingerprint(reader)} | changes
     return PackedDataset(reader, Share.of(reader, documents or range(reader.n_documents)), **options)
 
 
@@ -156,13 +156,13 @@ def test_an_index_is_found_by_contents_not_by_sizes_and_times(tmp_path: Path, mo
 
     folder = {"cache_dir": tmp_path / "cache"}
     first = stamped(tmp_path / "c", LENGTHS)
-    packed(first, contents=fingerprint(first), **folder)[0]
+    packed(first, **folder)[0]
     replaced = stamped(tmp_path / "c", LENGTHS[::-1])
     expected = packed(replaced, cache_dir=tmp_path / "other")
-    assert same(packed(replaced, contents=fingerprint(replaced), **folder), expected, list(range(20)))
+    assert same(packed(replaced, **folder), expected, list(range(20)))
     monkeypatch.setattr(PackedDataset, "_build_index", None)
     moved = corpus(tmp_path / "d", LENGTHS)
-    packed(moved, contents=fingerprint(moved), **folder)[0]
+    packed(moved, **folder)[0]
 
 
 def _first_sample(prefix: Path) -> list[int]:
@@ -261,7 +261,7 @@ def test_no_share_is_empty_where_documents_are_few(tmp_path: Path, lengths: list
             assert share.begin == share.end
             continue
         assert share.end - share.begin > 0
-        dataset = PackedDataset(reader, share, split=split, seq_length=3, seed=3, vocab_size=10**6)
+        dataset = PackedDataset(reader, share, split=split, seq_length=3, seed=3, vocab_size=10**6, contents="")
         seen = [dataset[i] for i in range(dataset.samples_per_epoch)]
         inputs = np.concatenate([sample.tokens[:-1] for sample in seen])
         assert sorted(inputs.tolist()) == sorted({*inputs.tolist()})
