@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_mamba.files import inner_path, read_object
+from megatron_mamba.files import inner_path, read_object, reason
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -98,6 +98,17 @@ def build_once(path: Path, build: Callable[[], None]) -> None:
                 build()
 
 
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        if path.is_file():
+            return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)}). Let it be read, or copy it again") from error
+    raise DataError(
+        f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; tools/prepare_data.py writes them"
+    )
+
+
 class IndexedReader:
     """Memory-mapped corpus at `prefix`.
 
@@ -107,13 +118,7 @@ class IndexedReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        for path in (idx_path(prefix), bin_path(prefix)):
-            if not path.is_file():
-                raise DataError(
-                    f"{path}: no such file. A corpus is PREFIX.bin and PREFIX.idx, named by PREFIX alone; "
-                    "tools/prepare_data.py writes them"
-                )
-        with open(idx_path(prefix), "rb") as file:
+        with _opened(idx_path(prefix)) as file:
             self.dtype, n_sequences, n_borders = self._read_header(file)
             index = np.memmap(file, mode="r")
         offset = _HEADER.size
@@ -129,7 +134,7 @@ class IndexedReader:
                 f"{idx_path(prefix)}: its document borders and sequence lengths contradict each other: "
                 "the file is corrupt. Write the corpus again"
             )
-        self._file = open(bin_path(prefix), "rb")  # noqa: SIM115 (open as long as the reader lives)
+        self._file = _opened(bin_path(prefix))  # As long as the reader lives.
         found = os.fstat(self._file.fileno()).st_size
         if found != n_bytes:
             raise DataError(

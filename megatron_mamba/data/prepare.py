@@ -181,8 +181,9 @@ def _alone(output: Path) -> Iterator[None]:
                     raise
                 log.warning("%s: the file system has no locks: let no second command write the same output", path)
             # Another process may have removed the file, done, between its opening here and the lock.
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    break
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()

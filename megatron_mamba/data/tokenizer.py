@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megatron_mamba.data.indexed import DataError, atomic_write
-from megatron_mamba.files import read_object
+from megatron_mamba.files import read_object, reason
 
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 _BESIDE = (_SETTINGS, _SPECIAL, "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
@@ -55,8 +55,8 @@ class _TokenizerFile:
 
     eos_id: int | None
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.sha256 = path, hashlib.sha256(path.read_bytes()).hexdigest()
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
 
     @property
     def eod_id(self) -> int:
@@ -76,8 +76,8 @@ class SentencePieceTokenizer(_TokenizerFile):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        content = path.read_bytes()
+        content = _content(path)
+        super().__init__(path, content)
         if _TIKTOKEN_LINE.match(content):
             raise _not_read(path, _NOT_READ["*.tiktoken"])
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -114,7 +114,7 @@ class HuggingFaceTokenizer(_TokenizerFile):
             import tokenizers
         except ImportError as error:
             raise DataError(f"{path}: needs the tokenizers package. Install megatron-mamba[hf]") from error
-        super().__init__(path)
+        super().__init__(path, _content(path))
         content = read_object(path, DataError, "Copy it again")
         if content.keys() >= _TEKKEN_KEYS and isinstance(content["vocab"], list):
             raise _not_read(path, _NOT_READ["tekken.json"])
@@ -144,6 +144,13 @@ class HuggingFaceTokenizer(_TokenizerFile):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)}). Let it be read, or copy it again") from error
 
 
 def token_text(declared: Any) -> str | None:
@@ -190,7 +197,7 @@ def find_tokenizer(path: str | Path) -> Path:
 
 def tokenizer_sha256(path: str | Path) -> str:
     """Digest by which a tokenizer is told from another, without loading it."""
-    return hashlib.sha256(find_tokenizer(path).read_bytes()).hexdigest()
+    return hashlib.sha256(_content(find_tokenizer(path))).hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -224,12 +231,12 @@ def save_tokenizer(path: str | Path, folder: str | Path) -> Path:
         if original is None or not original.is_file():
             copy.unlink(missing_ok=True)
             continue
-        content = original.read_bytes()
+        content = _content(original)
         if copy.exists() and copy.read_bytes() == content:
             continue
         try:
             with atomic_write(copy) as file:
                 file.write(content)
         except OSError as error:
-            raise DataError(f"{copy} cannot be written: {error.strerror or error}. Free space, or choose another folder") from error
+            raise DataError(f"{copy} cannot be written: {reason(error)}. Free space, or choose another folder") from error
     return target

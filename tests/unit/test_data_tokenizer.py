@@ -120,6 +120,16 @@ def test_a_full_disk_costs_no_copy_that_is_there(model: Path, tmp_path: Path, mo
     assert copy.read_bytes() == before
 
 
+def test_a_file_that_the_system_refuses_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for use in (load_tokenizer, tokenizer_sha256):
+        with pytest.raises(DataError, match=rf"{model.name}: cannot be read \(Permission denied\)\. Let it be read"):
+            use(model)
+
+
 def test_model_without_end_token_is_refused_for_corpora(model: Path, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(model.with_name("text.txt").read_text().split("\n")), model_prefix=str(tmp_path / "t"),
