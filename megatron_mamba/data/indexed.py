@@ -201,11 +201,6 @@ class IndexedReader:
         """Position in `tokens` of the first token of one document (n_documents: the corpus' end)."""
         return int(self.starts_of(slice(document, document + 1))[0])
 
-    @property
-    def document_lengths(self) -> np.ndarray:
-        """Tokens in each document, i64 [n_documents]."""
-        return np.diff(self.starts_of(slice(None)))
-
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document: a zero-copy view."""
         return self.tokens[self.start_of(number) : self.start_of(number + 1)]
