@@ -135,8 +135,7 @@ def keep_tokenizer(data: Datasets, start: Start, folder: Path, *, write: bool) -
     if data.tokenizer is None:
         return {key: saved.get(key) for key in ("tokenizer", "tokenizer_sha256", "end_of_document")}
     kept = saved.get("tokenizer") or f"tokenizer/{saved_name(data.tokenizer)}"
-    there = (folder / kept).exists() and tokenizer_sha256(folder / kept) == data.tokenizer_sha256
-    if write and not (saved and there):
+    if write and not (saved and (folder / kept).exists() and tokenizer_sha256(folder / kept) == data.tokenizer_sha256):
         kept = str(save_tokenizer(data.tokenizer, folder / "tokenizer").relative_to(folder))
     # Relative to the checkpoints' folder, which may be moved.
     return {"tokenizer": kept, "tokenizer_sha256": data.tokenizer_sha256, "end_of_document": data.end_of_document}
