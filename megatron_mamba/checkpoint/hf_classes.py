@@ -6,6 +6,7 @@ config.json keys (as fields of ModelConfig, or as constants), its tensor names, 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,14 @@ class HFExportError(ValueError):
 
 class HFImportError(ValueError):
     """A Hugging Face folder that holds something no layer here computes, or that is incomplete."""
+
+
+def needed(module: str, fail: type[ValueError] = HFExportError, package: str | None = None) -> Any:
+    """A module of the extra `hf`. Raises `fail` naming the package if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise fail(f"{package or module} is not installed: pip install 'megatron-mamba[hf]'") from error
 
 
 # ------------------------------------------------------------------------------------------------ tensors and recipes

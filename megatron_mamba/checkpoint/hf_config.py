@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_mamba.checkpoint.hf_classes import CLASSES, HFClass, HFImportError
+from megatron_mamba.checkpoint.hf_classes import CLASSES, HFClass, HFImportError, needed
 from megatron_mamba.config import (
     AttentionConfig,
     ConfigError,
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> tuple[HFClass, ModelConfig]:
 
     Raises :class:`HFImportError` for a class or a setting that no layer here computes.
     """
-    transformers = _transformers()
+    transformers = needed("transformers", HFImportError)
     if not (folder / "config.json").is_file():
         raise HFImportError(f"{folder} has no config.json: not a Hugging Face model folder")
     raw = read_object(folder / "config.json", HFImportError, "Copy the folder again")
@@ -172,14 +172,6 @@ def _rope(cls: HFClass, hf: Any, folder: Path) -> dict[str, float]:
         "rotary_fraction": convert(float, fraction, "partial_rotary_factor"),
         "rope_base": convert(float, rope.get("rope_theta"), "rope_theta"),
     }
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise HFImportError("transformers is not installed: pip install 'megatron-mamba[hf]'") from error
-    return transformers
 
 
 # --------------------------------------------------------------------------------------------------------- model card

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mamba.checkpoint.hf_classes import HFExportError
+from megatron_mamba.checkpoint.hf_classes import HFExportError, needed
 from megatron_mamba.data.tokenizer import Tokenizer, declared_settings, load_tokenizer, save_tokenizer, token_text
 from megatron_mamba.files import one_line
 
@@ -50,7 +50,7 @@ def write_tokenizer(
                             "Give the tokenizer that the model was trained with")  # fmt: skip
     write = _copy if tokenizer.path.suffix == ".json" else _rebuild
     settings = write(tokenizer.path, folder)
-    written = _tokenizers().Tokenizer.from_file(str(folder / "tokenizer.json"))
+    written = needed("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": _pad_id(settings, written, tokenizer.eos_id)}
     if not own_bos:
         ids["bos"] = tokenizer.eos_id
@@ -112,10 +112,7 @@ def check_tokenizer(path: Path | str, folder: Path, vocab_size: int, *, own_bos:
     compared. Raises :class:`HFExportError` naming a text whose ids differ, or for ids that the model does not have.
     """
     tokenizer = load_tokenizer(path)
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise HFExportError("transformers is not installed: pip install 'megatron-mamba[hf]'") from error
+    transformers = needed("transformers")
     try:
         exported = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # for settings that it does not take
@@ -176,7 +173,7 @@ def convert(model: Any) -> Any:
     normalised text. With a dummy prefix, a text that is one user-defined symbol of several characters and nothing else
     lacks the prefix. Raises :class:`HFExportError` for other kinds of models.
     """
-    tokenizers = _tokenizers()
+    tokenizers = needed("tokenizers")
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kind = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}.get(trainer.model_type, "unknown")
     if kind not in ("unigram", "bpe") or trainer.treat_whitespace_as_suffix or model.denormalizer_spec.precompiled_charsmap:
@@ -242,18 +239,6 @@ def _normalizers(library: Any, regex: Any, spec: Any, symbols: list[str]) -> lis
 
 
 def _parse(source: Path) -> Any:
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as proto
-    except ModuleNotFoundError as error:
-        raise HFExportError("protobuf is not installed: pip install 'megatron-mamba[hf]'") from error
-    model: Any = proto.ModelProto()  # type: ignore[attr-defined]
+    model = needed("sentencepiece.sentencepiece_model_pb2", package="protobuf").ModelProto()
     model.ParseFromString(source.read_bytes())
     return model
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise HFExportError("tokenizers is not installed: pip install 'megatron-mamba[hf]'") from error
-    return tokenizers

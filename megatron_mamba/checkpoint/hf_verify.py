@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mamba.checkpoint.hf_classes import CLASSES, HFExportError
+from megatron_mamba.checkpoint.hf_classes import CLASSES, HFExportError, needed
 
 CACHE_ARGUMENTS = ("cache", "cache_params", "past_key_values")
 """Newest first: transformers 5.24; Mamba's classes up to 5.23; all others up to 5.23."""
@@ -88,10 +88,7 @@ def _cache_argument(model: Any) -> str:
 
 
 def _load(folder: Path) -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise HFExportError("transformers is not installed: pip install 'megatron-mamba[hf]'") from error
+    transformers = needed("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
