@@ -61,13 +61,13 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def to_yaml(tree: Any, escape: bool = True) -> str:
-    """Plain data as YAML, in ASCII, that ``--config`` reads back to the same values; without `escape`, each ${...} in a text stays
-    what refers to another value."""
+    """Plain data as YAML, in ASCII, that ``--config`` reads back to the same values; without `escape`, ${...} in a text still
+    refers to another value."""
     return yaml.dump(_escaped(tree) if escape else tree, Dumper=_Dumper, sort_keys=False)
 
 
 def _escaped(value: Any) -> Any:
-    """The data with a backslash before each ${, which OmegaConf would replace, and twice those that are there already."""
+    """The data with a backslash before each ${, which OmegaConf would replace, and backslashes already there doubled."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and the storage layer under torch.distributed.checkpoint that writes them (reading.py: that reads).
+"""The files of a checkpoint, and the storage layer under torch.distributed.checkpoint that writes them (reading.py reads).
 
 A checkpoint is a folder ``step_00000100`` with
 
@@ -229,7 +229,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         files = manifest["files"]
         manifest["files"] = {plain_name(name, "files"): FileRecord(**record) for name, record in files.items()}
         if not are_sizes([record.size for record in manifest["files"].values()]):
-            raise ValueError("the size of a file is none")
+            raise ValueError("a file's size is not a number of bytes")
     except FileNotFoundError:
         raise CheckpointError(f"file {MANIFEST} is missing") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How far a run has read each of its corpora: what lets it go on with another blend and repeat and leave out nothing."""
+"""How far a run has read each of its corpora, so that it goes on with another blend, repeats nothing and leaves nothing out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Corpus:
     """Samples of it that were read before the blend began."""
 
     def is_read_alike(self, other: Corpus, name: str) -> bool:
-        """Whether the setting `name` gives it the same samples as that of `other`."""
+        """Whether the setting `name` is the same for both, or gives the same samples."""
         mine, theirs = getattr(self, name), getattr(other, name)
         if name != "split":
             return bool(mine == theirs)
@@ -128,7 +128,7 @@ class Standing:
         return [next(counts) if corpus.weight else 0 for corpus in self.corpora]
 
     def _matches(self, corpora: Iterable[Corpus]) -> dict[int, int]:
-        """Number of each corpus that is still there -> its number in `corpora`; of copies of a corpus, by their place first."""
+        """Number of each corpus that is still there -> its number in `corpora`; copies are told apart by their places."""
         found: dict[int, int] = {}
         for by_place in (True, False):
             for new, corpus in enumerate(corpora):

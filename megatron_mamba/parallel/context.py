@@ -179,7 +179,7 @@ class ParallelContext:
         )
 
     def tell_finished(self) -> None:
-        """Make the file that FINISHED_FILE in the environment names, for what started this run, which may start it again."""
+        """Make the file that FINISHED_FILE in the environment names: it tells what started this run not to start it again."""
         path = os.environ.get("FINISHED_FILE")
         if path and self.global_rank == 0:
             try:
@@ -199,12 +199,12 @@ def cache_folder() -> Path:
 
 
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""Variables that say how many processes were started along with this one, and by what. SLURM_NTASKS is no such: a job's own script,
-one process, has it too."""
+"""Variables that say how many processes were started together, and by what. Not SLURM_NTASKS: a job's own script, which is one
+process, has it too."""
 
 
 def unjoined() -> str:
-    """That several processes were started which do not know of one another, as only torchrun tells them; "" if that is not so."""
+    """What is wrong if several processes were started without torchrun, as they know nothing of each other; "" if nothing is."""
     for variable, launcher in LAUNCHERS.items() if "RANK" not in os.environ else ():
         count = os.environ.get(variable, "")
         if count.isdecimal() and int(count) > 1:

@@ -103,7 +103,7 @@ class Stage(PipelineStage):
 
 def last_collectives() -> bytes:
     """What NCCL's flight recorder has of this rank, pickled. From torch 2.15 on "nccl" is a backend that calls itself "nccl2" and
-    records elsewhere (with TORCH_DIST_USE_NCCL2=0 the former one): what has entries is longer than what has none."""
+    records elsewhere, unless TORCH_DIST_USE_NCCL2=0 chooses the former one. Of several records the longest is the one in use."""
     c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
     traces: list[bytes] = [c10d._dump_nccl_trace()]
     if VERSION >= (2, 15):

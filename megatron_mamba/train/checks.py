@@ -17,13 +17,13 @@ from megatron_mamba.train.resilience import TrainingError
 
 log = logging.getLogger(__name__)
 
-_UNUSED = {
+_NOT_COMPARED = {
     "data": {"path", "blend", "on_change", "cache_dir", "prefetch"},
     "trainer": {
         "watchdog_seconds", "heartbeat_seconds", "health_check", "health_interval", "replica_check_interval", "stop_after_samples",
     },
 }  # fmt: skip
-"""Settings that make no other training, or of which data/standing.py says more."""
+"""Settings that do not change the training, or that data/standing.py compares."""
 
 
 def check_start(config: Config, context: ParallelContext) -> None:
@@ -100,8 +100,8 @@ def examined(config: Config, context: ParallelContext) -> list[health.Reading]:
 
 
 def check_same_model(config: Config, saved: dict[str, Any], path: Path, *, resumes: bool) -> list[str]:
-    """A run goes on with its own model, or starts (not `resumes`) from weights of the same model; returns what may differ then
-    and does, each as ``name old -> new``. Raises ConfigError naming the first setting of another model."""
+    """A run goes on with its own model (`resumes`), or starts from weights of the same model. Raises ConfigError naming the first
+    setting of another model. Returns the settings that differ and may, each as ``name old -> new``."""
     old, new = (_model_settings(model, config.model.layers) for model in (saved["model"], to_dict(config)["model"]))
     differing = [key for key in new if old.get(key) != new[key]]
     for key in differing:
@@ -140,7 +140,7 @@ def changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:
     """The settings that make another training than the saved one, each as ``name old -> new``."""
     ours, groups = to_dict(config), ("data", "optim", "trainer", "parallel", "recompute")
     kept = [
-        {g: {k: v for k, v in tree.get(g, {}).items() if k not in _UNUSED.get(g, ())} for g in groups} for tree in (saved, ours)
+        {g: {k: v for k, v in tree.get(g, {}).items() if k not in _NOT_COMPARED.get(g, ())} for g in groups} for tree in (saved, ours)
     ]
     old, new = (dict(_leaves(tree)) for tree in kept)
     return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]

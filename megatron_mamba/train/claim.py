@@ -9,7 +9,7 @@ finds the file of another asks whether that one is still at work:
 - The earlier starts of a SLURM job are over when SLURM starts it again.
 - Of others it watches the time of the file: a run that sets it is at work, one that has not for :data:`SILENT_BEATS` is gone.
 
-A run that is taken for gone and is not, as it was stopped for minutes, finds the file of the other at its next beat and ends.
+A run that is wrongly taken for gone, as it was paused for minutes, finds the other's file at its next beat and ends.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 NAME = ".running"
 BEAT_SECONDS = 10.0
 SILENT_BEATS = 9
-"""Looks at the file in a row, a beat apart, at which its time was the same: then its run is gone."""
+"""A run is gone if its file's time has not changed at so many looks, a beat apart."""
 
 
 @contextmanager
 def claimed(config: Config, context: ParallelContext, end: Callable[[int], Any] = os._exit) -> Iterator[None]:
-    """Check that the run can start, and keep other runs out of its folders while it does what it does (a collective).
+    """Check that the run can start, and keep other runs out of its folders while it runs (a collective).
 
     Raises ConfigError, on all ranks, for what :func:`check_start` refuses and where another run is at work. `end` is called,
     with the exit code, if another run has taken a folder over.
@@ -71,7 +71,7 @@ def claimed(config: Config, context: ParallelContext, end: Callable[[int], Any] 
 
 
 class Claim(NamedTuple):
-    """What the file says of the run that made it; the rest of its text makes it the only one of its kind."""
+    """What the file says of the run that made it. It also holds a random token, so that no two files are equal."""
 
     host: str = "a host that it does not name"
     place: str = ""
@@ -109,7 +109,7 @@ def _claim(context: ParallelContext) -> str:
 
 
 def _place() -> str:
-    """What one machine, from one boot to the next, has for itself, and within it a container with processes of its own."""
+    """What tells this machine, since its last boot, from others; and containers with processes of their own from each other."""
     host = socket.gethostname()
     with suppress(OSError):  # Elsewhere than on Linux.
         return f"{host} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"

@@ -1,7 +1,7 @@
 """What a run writes down about itself: metrics.jsonl, TensorBoard, W&B and its configuration.
 
-None of it is a result, so none of it may end a run: a full disk is said, and training goes on to the next checkpoint, which may lie
-on another.
+None of it is a result, so none of it may end a run: a full disk is reported, and training goes on to the next checkpoint, which may
+lie on another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COUNTERS = ("step", "consumed_samples", "consumed_tokens")
 
 
 def write_config(config: Config, run_dir: Path) -> None:
-    """Write run_dir/config.yaml, for people and for ``--config``. One that cannot be written is said, and no more."""
+    """Write run_dir/config.yaml, for people and for ``--config``. If that fails, a warning says so."""
     path = run_dir / "config.yaml"
     try:
         with atomic_write(path) as file:
