@@ -257,6 +257,7 @@ class _Beats:
 
     def _leave(self, path: Path, other: Claim) -> None:
         message = f"{path.parent} was taken over by another run, {other}: this one, taken for gone, ends without a checkpoint"
-        print(f"error: {message}", file=sys.__stderr__, flush=True)
+        with suppress(OSError):  # The disk of the log may be full.
+            print(f"error: {message}", file=sys.__stderr__, flush=True)
         record(TrainingError(message))
         self._end(1)

@@ -1,9 +1,12 @@
 """One run at a time in a folder: whose file is there, whether that run lives, and what becomes of one that was taken for gone."""
 
+import errno
+import io
 import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -179,10 +182,19 @@ def test_a_run_sets_its_file_s_time_and_makes_it_again(tmp_path: Path, monkeypat
     assert not path.exists()
 
 
+def full(_: str) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("log_is_full", [False, True])
 def test_a_run_whose_folder_was_taken_over_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    log_is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It was stopped for so long that it was taken for gone; it leaves the other's file alone."""
+    if log_is_full:
+        log = io.StringIO()
+        monkeypatch.setattr(log, "write", full)
+        monkeypatch.setattr(sys, "__stderr__", log)
     monkeypatch.setattr(claim, "BEAT_SECONDS", 0.01)
     ended: list[int] = []
     with claimed(config_for(tmp_path), context(), end=ended.append):
@@ -193,7 +205,7 @@ def test_a_run_whose_folder_was_taken_over_ends(
         until(lambda: ended)
     assert ended == [1]
     assert Claim.of((tmp_path / NAME).read_text()).host == "node07"
-    assert f"error: {tmp_path} was taken over by another run, process 41 on node07" in capfd.readouterr().err
+    assert f"error: {tmp_path} was taken over by another run, process 41 on node07" in capfd.readouterr().err or log_is_full
 
 
 def test_a_file_made_in_the_place_of_one_that_is_removed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
