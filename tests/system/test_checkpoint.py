@@ -45,7 +45,6 @@ from megatron_mamba.checkpoint import (
     rng_state,
     set_rng_state,
     storage,
-    verify,
 )
 
 pytestmark = MARKS
@@ -245,25 +244,7 @@ def test_retention_of_saves_that_were_put_off(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000031", "step_00000072", "step_00000095", "step_00000100"]
 
 
-def test_a_checkpoint_that_was_moved_and_linked_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It can be resumed from, and goes as others do, as far as the link: what it leads to is the user's."""
-    run, moved = tmp_path / "run", tmp_path / "moved"
-    save_steps(run, 1)
-    (run / "step_00000001").rename(moved)
-    (run / "step_00000001").symlink_to(moved)
-    assert manager(run).latest() == run / "step_00000001"
-    save_steps(run, 2, keep_last=1)
-    assert names(run) == ["step_00000002"]
-    assert f"what it leads to, {moved}, stays" in caplog.text
-    verify(moved)
-    # One that an older version had left half-way.
-    (run / ".tmp-step_00000001-0").symlink_to(moved)
-    assert manager(run).latest() == run / "step_00000002"
-    assert names(run) == ["step_00000002"]
-    verify(moved)
-
-
-def test_a_checkpoint_on_another_disk_linked_back(tmp_path: Path) -> None:
+def test_a_checkpoint_on_another_disk_linked_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is resumed from; retention and a save of the same step remove the link and leave what it points to."""
     folder = tmp_path / "checkpoints"
     save_steps(folder, 1, 2)
@@ -271,12 +252,14 @@ def test_a_checkpoint_on_another_disk_linked_back(tmp_path: Path) -> None:
         (folder / step).rename(tmp_path / step)
         (folder / step).symlink_to(tmp_path / step)
     assert same(loaded(resolve(folder)), state_at(2))
+    assert manager(folder).latest() == folder / "step_00000002"
     (folder / "step_00000003").symlink_to(tmp_path / "not mounted")
     (folder / ".tmp-step_00000004").symlink_to(tmp_path / "step_00000001")  # As a process leaves it that dies while it prunes.
     save_steps(folder, 2, 3, keep_last=1)
     assert names(folder) == ["step_00000003"]
     assert not [*folder.glob(".tmp-*"), *folder.glob(".old-*")]
     assert [same(loaded(tmp_path / f"step_0000000{n}"), state_at(n)) for n in (1, 2)] == [True, True]
+    assert f"what it leads to, {tmp_path / 'step_00000001'}, stays" in caplog.text
 
 
 def test_old_ones_go_only_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
