@@ -60,8 +60,8 @@ class DataConfig:
     cache_dir: PathText | None = None
     """Where sample indices are cached; default: beside the data."""
     on_change: Literal["error", "restart"] = "error"
-    """What a resume does if a corpus was replaced or would be read otherwise than before (split, seq_length, seed): stop, as samples
-    would repeat and validation text be trained on, or begin that corpus anew. A changed blend just goes on."""
+    """What a resume does if a corpus was replaced or would be read otherwise than before (split, seq_length, seed): stop, as
+    samples would repeat and validation text be trained on, or begin that corpus anew. A changed blend just goes on."""
     prefetch: int = 2
     """Micro-batches read ahead by the loader's thread."""
 

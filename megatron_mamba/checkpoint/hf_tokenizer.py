@@ -114,7 +114,7 @@ def check_tokenizer(path: Path | str, folder: Path, vocab_size: int, *, own_bos:
     tokenizer = load_tokenizer(path)
     transformers = needed("transformers")
     try:
-        exported = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        exported = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # for settings that it does not take
         raise HFExportError(
             f"tokenizer = {tokenizer.path}: transformers {transformers.__version__} cannot read it with the settings beside it: "

@@ -138,11 +138,12 @@ def check_units(config: Config, consumed_samples: int, consumed_tokens: int) -> 
 
 def changed_settings(config: Config, saved: dict[str, Any]) -> list[str]:
     """The settings that make another training than the saved one, each as ``name old -> new``."""
-    ours, groups = to_dict(config), ("data", "optim", "trainer", "parallel", "recompute")
-    kept = [
-        {g: {k: v for k, v in tree.get(g, {}).items() if k not in _NOT_COMPARED.get(g, ())} for g in groups} for tree in (saved, ours)
-    ]
-    old, new = (dict(_leaves(tree)) for tree in kept)
+
+    def compared(tree: dict[str, Any], group: str) -> dict[str, Any]:
+        return {key: value for key, value in tree.get(group, {}).items() if key not in _NOT_COMPARED.get(group, ())}
+
+    groups = ("data", "optim", "trainer", "parallel", "recompute")
+    old, new = (dict(_leaves({g: compared(tree, g) for g in groups})) for tree in (saved, to_dict(config)))
     return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
 
 
