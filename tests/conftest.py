@@ -6,6 +6,8 @@
 import gc
 import os
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _autograd_in_forks_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that forks ranks runs no autograd in the test process: with a GPU, or torch 2.15, no later fork could run any."""
+    if request.node.get_closest_marker("ranks") is None:
+        return
+    parent = os.getpid()
+
+    def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any, **options: Any) -> Any:
+            assert os.getpid() != parent, "a test marked `ranks` ran autograd in the test process, not in a fork"
+            return run(*arguments, **options)
+
+        return checked
+
+    for name in ("backward", "grad"):
+        monkeypatch.setattr(torch.autograd, name, guarded(getattr(torch.autograd, name)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -211,10 +211,14 @@ def test_weights_of_elsewhere_start_a_run(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.ranks
 def test_one_rank_reads_fingerprints_and_more_ranks_may_follow_a_ramp(folder: Path, tmp_path: Path) -> None:
     trainer = {"batch_ramp": BatchRampConfig(1, 1, 4), "micro_batch_size": 1}
-    settings: dict[str, Any] = {"data": data(folder, a=1.0, b=1.0)}
-    train(config_for(tmp_path, **settings, trainer=trainer | STOPPED))
-    settings = {"data": data(folder, b=1.0, a=1.0), "parallel": ParallelConfig(dp_shard=2)}
+    one = config_for(tmp_path, data=data(folder, a=1.0, b=1.0), trainer=trainer | STOPPED)
+    settings: dict[str, Any] = {"data": data(folder, b=1.0, a=1.0), "parallel": ParallelConfig(dp_shard=2)}
     config, takes = config_for(tmp_path, **settings, trainer=trainer), resume.fingerprints
+
+    def alone(context: ParallelContext) -> None:
+        trainer = loop.Trainer(one, context, loop.StopRequest())
+        trainer.run()
+        trainer.close()
 
     def body(context: ParallelContext) -> None:
         def taken(readers: Any) -> dict[str, str]:
@@ -229,5 +233,6 @@ def test_one_rank_reads_fingerprints_and_more_ranks_may_follow_a_ramp(folder: Pa
         trainer.run()
         trainer.close()
 
+    on_ranks({}, alone)
     on_ranks({"dp_shard": 2}, body)
     assert read_metadata(resolve(tmp_path))["consumed_samples"] == 48
