@@ -1,11 +1,16 @@
-"""What others wrote: names of files that must lie in a folder, and JSON, read with one line of error."""
+"""Files that others write too: names that must lie in a folder, JSON read with one line of error, and locks."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Errors that say that a file system has no locks."""
 
 
 def is_plain_name(name: Any) -> bool:
@@ -48,3 +53,17 @@ def read_object(path: Path, fail: Callable[[str], Exception], remedy: str) -> di
     if not isinstance(data, dict):
         raise fail(f"{path}: holds no object of JSON, but {'nothing' if data is None else f'a {type(data).__name__}'}. {remedy}")
     return data
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool | None:
+    """Lock an open file against other processes, until it is closed: whether that was possible without `wait`, or None where the
+    file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True

@@ -11,8 +11,6 @@ the answer rests on.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
 import logging
@@ -23,7 +21,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -44,11 +42,11 @@ from megatron_mamba.checkpoint.storage import (
     sync_folder,
     write_file,
 )
+from megatron_mamba.files import lock
 
 log = logging.getLogger(__name__)
 
 TEMPORARY, REPLACED, LATEST, LOCK = ".tmp-", ".old-", "latest", ".lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class CheckpointManager:
@@ -245,26 +243,22 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor: int | None = None
+        self._file: IO[bytes] | None = None
 
     def acquire(self, wait: bool = True) -> bool:
         """Take the lock; without `wait`, False if another process (or manager) has it."""
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return True
-        except OSError as error:
+        self._file = open(self._path, "ab")  # noqa: SIM115 (until release)
+        held = lock(self._file, wait)
+        if held is None:
+            log.warning("%s: no file locks here, so what dead saves leave has to be removed by hand", self._path)
+        if not held:
             self.release()
-            if error.errno in NO_LOCKS:
-                log.warning("%s: no file locks here, so what dead saves leave has to be removed by hand", self._path)
-            elif not isinstance(error, BlockingIOError):
-                raise
-            return False
+        return bool(held)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

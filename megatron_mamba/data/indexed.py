@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_mamba.files import inner_path, read_object, reason
+from megatron_mamba.files import inner_path, lock, read_object, reason
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -34,8 +33,6 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Errors that say that a file system has no locks."""
 
 
 class DataError(ValueError):
@@ -83,18 +80,12 @@ def build_once(path: Path, build: Callable[[], None]) -> None:
         # Not path.exists(): NFS remembers for a while that a name was not there, until the folder is opened.
         return path.name not in os.listdir(path.parent)
 
-    with open(path.with_name(f"{path.name}.lock"), "ab+") as lock:
+    with open(path.with_name(f"{path.name}.lock"), "ab+") as file:
         while missing():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                continue
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-            if missing():
+            if lock(file) is False:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                fcntl.flock(file, fcntl.LOCK_UN)
+            elif missing():
                 build()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -26,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_mamba.data.indexed import (
-    NO_LOCKS,
     DataError,
     IndexedWriter,
     Metadata,
@@ -38,6 +36,7 @@ from megatron_mamba.data.indexed import (
 from megatron_mamba.data.inputs import TEXT_GLOBS, find_files
 from megatron_mamba.data.sources import MAX_LINE_BYTES, Shard, iterate_shards, read_documents
 from megatron_mamba.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megatron_mamba.files import lock
 from megatron_mamba.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -167,26 +166,21 @@ def _alone(output: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         while True:
-            lock = stack.enter_context(open(path, "ab+"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                owner = lock.read(200).decode(errors="replace")
-                raise DataError(
-                    f"{output}: is being made by another process ({owner}). Wait for it, or choose another --output"
-                ) from error
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+            file = stack.enter_context(open(path, "ab+"))
+            held = lock(file)
+            if held is False:
+                file.seek(0)
+                owner = file.read(200).decode(errors="replace")
+                raise DataError(f"{output}: is being made by another process ({owner}). Wait for it, or choose another --output")
+            if held is None:
                 log.warning("%s: the file system has no locks: let no second command write the same output", path)
             # Another process may have removed the file, done, between its opening here and the lock.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        lock.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
         stack.callback(path.unlink, missing_ok=True)
         yield
 

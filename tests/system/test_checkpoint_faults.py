@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import random
@@ -34,7 +35,7 @@ from checkpoint_state import (
     warned,
 )
 
-from megatron_mamba.checkpoint import CheckpointError, load, read_metadata, sharded, storage, verify
+from megatron_mamba.checkpoint import CheckpointError, load, read_metadata, storage, verify
 
 pytestmark = MARKS
 
@@ -175,7 +176,7 @@ def test_without_file_locks_it_works_and_left_overs_stay(tmp_path: Path, monkeyp
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(sharded.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     (tmp_path / ".tmp-step_00000009-0badcafe").mkdir()
     save_steps(tmp_path, 1)
     assert names(tmp_path) == [".tmp-step_00000009-0badcafe", "step_00000001"]
