@@ -222,21 +222,19 @@ def save_tokenizer(path: str | Path, folder: str | Path) -> Path:
     """
     source, folder = find_tokenizer(path), Path(folder)
     target = folder / saved_name(source)
-    folder.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return target
     beside = {name: source.with_name(name) for name in _BESIDE if source.suffix == ".json"}
     for name in ("tokenizer.json", *_BESIDE):
         copy, original = folder / name, source if name == target.name else beside.get(name)
-        if original is None or not original.is_file():
-            copy.unlink(missing_ok=True)
-            continue
-        content = _content(original)
-        if copy.exists() and copy.read_bytes() == content:
-            continue
+        content = _content(original) if original is not None and original.is_file() else None
         try:
-            with atomic_write(copy) as file:
-                file.write(content)
+            if content is None:
+                copy.unlink(missing_ok=True)
+            elif not copy.exists() or copy.read_bytes() != content:
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(copy) as file:
+                    file.write(content)
         except OSError as error:
             raise DataError(f"{copy} cannot be written: {reason(error)}. Free space, or choose another folder") from error
     return target

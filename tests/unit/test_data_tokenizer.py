@@ -118,6 +118,8 @@ def test_a_full_disk_costs_no_copy_that_is_there(model: Path, tmp_path: Path, mo
     with pytest.raises(DataError, match=r"tokenizer\.model cannot be written: No space left on device. Free space"):
         save_tokenizer(tmp_path / "other", tmp_path)
     assert copy.read_bytes() == before
+    with pytest.raises(DataError, match=r"below/tokenizer\.json cannot be written: Not a directory"):
+        save_tokenizer(model, copy / "below")
 
 
 def test_a_file_that_the_system_refuses_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
