@@ -212,6 +212,13 @@ def test_a_single_file_holds_a_configuration(config: str | None, tmp_path: Path)
         read_metadata(single_file(tmp_path / "m.safetensors", {}, 0, metadata))
 
 
+def test_a_file_that_is_cut_while_it_is_exported_is_one_line(checkpoint: Path) -> None:
+    get = checkpoint_tensors(checkpoint)
+    (checkpoint / SHARD).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"step_00000001 could not be read: .*{SHARD} ends at byte"):
+        get("a")
+
+
 def test_a_parameter_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:
     metadata = {"config": to_dict(Config(model=ModelConfig("tiny", "M", 64)))}
     manager = CheckpointManager(checkpoint.parent, keep_last=2, keep_every=0, async_save=False, on_damage="error")

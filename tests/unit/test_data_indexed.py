@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 
+from megatron_mamba.data import indexed
 from megatron_mamba.data.indexed import DataError, IndexedReader, IndexedWriter, Metadata, bin_path, idx_path, token_dtype
 
 DOCUMENTS = [([1, 2, 3, 65535], [3, 1]), ([], [0]), ([7, 8], [2])]
@@ -141,6 +145,19 @@ def test_positions_outside_the_corpus_are_named(tmp_path: Path, position: int, v
     reader = IndexedReader(tmp_path / "c")
     with pytest.raises(DataError, match=r"c\.idx: a document starts at (sequence|token) -?\d+ of \d: the file is corrupt"):
         reader.starts_of(slice(None))
+
+
+@pytest.mark.parametrize("file", ["c.idx", "c.bin"])
+def test_a_file_that_the_system_refuses_is_one_line(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> IO[bytes]:
+        if path.name == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return path.open(mode)
+
+    write_golden(tmp_path / "c")
+    monkeypatch.setattr(indexed, "open", refuse, raising=False)
+    with pytest.raises(DataError, match=rf"{file}: cannot be read \(Permission denied\)\. Let it be read, or copy it again"):
+        IndexedReader(tmp_path / "c")
 
 
 def test_failed_writer_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
