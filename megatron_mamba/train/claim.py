@@ -86,7 +86,7 @@ class Claim(NamedTuple):
         """What a file says; one that is cut off, or not of ours, says nothing."""
         try:
             known = json.loads(text)
-            return cls(**{field: type(default)(known[field]) for field, default in cls._field_defaults.items()})
+            return cls(**{field: type(default)(known[field]) for field, default in cls()._asdict().items()})
         except (ValueError, TypeError, KeyError, RecursionError):
             return cls()
 
